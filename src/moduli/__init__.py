@@ -1,0 +1,1 @@
+"""moduli: modular transformers, end to end."""
