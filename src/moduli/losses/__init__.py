@@ -1,0 +1,1 @@
+"""What training adds to the task loss: one file per family of losses."""

@@ -1,0 +1,51 @@
+"""The base of all token routers: tokens [T, D] in, `Routing` out.
+
+A router of your own overrides `scores` and nothing else:
+
+    class NormRouter(Router):
+        def __init__(self, hidden, num_experts, rule):
+            super().__init__(num_experts, rule)
+            self.gate = nn.Linear(hidden, num_experts, bias=False)
+
+        def scores(self, x):
+            return self.gate(F.normalize(x, dim=-1))
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moduli.routing.record import RouteContext, Routing
+from moduli.routing.rule import Rule, route
+
+
+class Router(nn.Module):
+    """Scores tokens against experts and applies a `Rule`.
+
+    Args:
+        num_experts: E.
+        rule: selection, combine weights, noise and capacity; may be replaced at run time, for
+            example to change the number of experts per token.
+    """
+
+    learned = True  # False: the scores have no parameters of their own to train
+
+    def __init__(self, num_experts: int, rule: Rule) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.rule = rule
+
+    def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+        """Score of each expert for each token; higher is better."""
+        raise TypeError(f"{type(self).__name__} does not define scores(x)")
+
+    def select(self, scores: Float[Tensor, "T E"], context: RouteContext) -> Routing:
+        """The routing that `rule` makes of given scores."""
+        return route(scores, self.rule, context)
+
+    def forward(self, x: Float[Tensor, "T D"], context: RouteContext) -> Routing:
+        return self.select(self.scores(x), context)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, top_k={self.rule.top_k}, {self.rule.combine}"
