@@ -1,0 +1,1 @@
+"""Fine-tuning through the stock Trainer, and what it needs beside it."""

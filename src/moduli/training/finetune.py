@@ -1,0 +1,310 @@
+"""Fine-tune and evaluate a classifier: the stock `transformers.Trainer`, set up once and well.
+
+There is no training loop here. What this file adds: settings that fit small encoders, texts
+tokenised batch by batch, a checkpoint that is complete or not there, a stop on NaN, a soft
+Ctrl-C, and an evaluation whose result depends on the weights alone.
+
+    B batch, S sequence, N examples, C classes
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moduli.errors import ConfigError, DataError, TrainingError
+from moduli.training.batches import Collate, ShuffledByLength, encode, use_padding
+from moduli.training.metrics import Scores, score
+from moduli.training.settings import FinetuneSettings
+
+PREDICT_BATCH_SIZE = 64
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in training; `checkpoint` is where it can go on, or None if nothing was saved."""
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        super().__init__("training was interrupted")
+        self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a finished fine-tuning run says about itself; the model was trained in place."""
+
+    steps: int
+    seconds: float
+    """Time of this call; after a resume without the time before it."""
+    losses: tuple[float, ...]
+    """The loss of every step; after a resume also of those before it."""
+    resumed_from: int | None
+    """The step of the checkpoint training went on from, or None."""
+
+
+def finetune(
+    model: nn.Module,
+    tokenizer: Any,
+    task_kind: str,
+    train: Any,
+    *,
+    settings: FinetuneSettings,
+    seed: int,
+    out: Path | None = None,
+    checkpoint_every: int | None = None,
+    on_progress: Callable[[Any], None] | None = None,
+) -> FinetuneResult:
+    """Train `model` in place on `train`.
+
+    Same model, data, settings, seed, machine and number of threads give the same weights, bit for
+    bit, also across a kill and a resume.
+
+    Args:
+        model: a transformers model with a classification head, dense or converted.
+        tokenizer: its tokenizer; texts are cut to `settings.max_length` and padded per batch.
+        task_kind: "classification".
+        train: a sequence of rows with "text", "label" and, if a pair, "text_pair"
+            (a `datasets.Dataset` or a list of dicts).
+        settings: everything that shapes the result.
+        seed: order of the data and dropout.
+        out: directory for checkpoints. If one that is complete lies there, training goes on from
+            it. None: no checkpoints.
+        checkpoint_every: steps between checkpoints; None: one per epoch.
+        on_progress: called with a `moduli.training.callbacks.Progress` after each step.
+
+    Raises:
+        DataError: no rows, or rows without text or label.
+        TrainingError: the loss or the gradient became infinite or NaN. The model keeps the weights
+            of the step before; they are in `out/last-good`.
+        Interrupted: Ctrl-C (a KeyboardInterrupt).
+    """
+    from moduli.training.callbacks import soft_interrupt
+
+    if task_kind != "classification":
+        raise ConfigError(f"task_kind is {task_kind!r}; known is 'classification'.")
+    if len(train) == 0:
+        raise DataError("The training data has no rows; give at least one.")
+    if missing := {"text", "label"} - set(train[0]):
+        raise DataError(
+            f"The training data has no column {' and '.join(sorted(map(repr, missing)))}; "
+            f"its columns are {', '.join(sorted(train[0]))}."
+        )
+    use_padding(model, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="moduli-") as scratch, soft_interrupt() as stop:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        checkpoint = last_checkpoint(out) if out is not None else None
+        resumed_from = None if checkpoint is None else _step_of(checkpoint)
+        trainer = _trainer(
+            model,
+            Collate(tokenizer, settings.max_length),
+            train,
+            settings=settings,
+            seed=seed,
+            directory=out or Path(scratch),
+            save=out is not None,
+            checkpoint_every=checkpoint_every,
+            on_progress=on_progress,
+            stop=stop,
+        )
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except TrainingError as error:
+            raise TrainingError(_advice(str(error), trainer, out)) from None
+    if stop.is_set():
+        raise Interrupted(last_checkpoint(out) if out is not None else None)
+    history = trainer.state.log_history
+    return FinetuneResult(
+        steps=trainer.state.global_step,
+        seconds=float(result.metrics["train_runtime"]),
+        losses=tuple(float(entry["loss"]) for entry in history if "loss" in entry),
+        resumed_from=resumed_from,
+    )
+
+
+def predict(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Any,
+    *,
+    max_length: int = 64,
+    batch_size: int = PREDICT_BATCH_SIZE,
+) -> Tensor:
+    """Logits `[N, C]` (float32, on the CPU) of `rows`, in their order.
+
+    Rows are batched by length, so little is padding; the batches depend on the rows alone, so that
+    equal weights give equal bits.
+
+    Raises:
+        DataError: no rows.
+    """
+    if len(rows) == 0:
+        raise DataError("There are no texts to predict; give at least one.")
+    use_padding(model, tokenizer)
+    device = next(model.parameters()).device
+    encoded = encode(tokenizer, list(rows), max_length)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    training = model.training
+    model.eval()
+    parts = []
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = tokenizer.pad(
+                    {key: [values[i] for i in chosen] for key, values in encoded.items()},
+                    return_tensors="pt",
+                )
+                parts.append(model(**batch.to(device)).logits.float().cpu())
+    finally:
+        model.train(training)
+    logits = torch.cat(parts)
+    return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Any,
+    *,
+    max_length: int = 64,
+    batch_size: int = PREDICT_BATCH_SIZE,
+) -> Scores:
+    """Scores of the model on rows with "text" and "label"; see `predict` and `metrics.score`."""
+    logits = predict(model, tokenizer, rows, max_length=max_length, batch_size=batch_size)
+    return score(logits, labels_of(rows))
+
+
+def labels_of(rows: Any) -> Tensor:
+    """The labels `[N]` of rows."""
+    return torch.tensor([int(row["label"]) for row in rows])
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest complete Trainer checkpoint in `directory`; incomplete ones are deleted.
+
+    The Trainer writes `trainer_state.json` last, so a checkpoint cut short by a kill has none, or
+    one that is not JSON.
+    """
+    best = None
+    for path in sorted(directory.glob("checkpoint-*"), key=_step_of):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            best = path
+    return best
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _trainer(
+    model: Any,
+    collate: Collate,
+    train: Any,
+    *,
+    settings: FinetuneSettings,
+    seed: int,
+    directory: Path,
+    save: bool,
+    checkpoint_every: int | None,
+    on_progress: Callable[[Any], None] | None,
+    stop: threading.Event,
+) -> Any:
+    from torch.utils.data import DataLoader
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    from moduli.training.callbacks import ReportProgress, StopOnNonFinite, StopWhenAsked
+
+    strategy = "no" if not save else "epoch" if checkpoint_every is None else "steps"
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        # The unfused step of a small encoder costs more than its forward pass: most parameters
+        # are embedding rows.
+        optim="adamw_torch_fused",
+        # Said explicitly, because bf16 is refused on a CPU that the Trainer only fell back to.
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=bool(settings.resolved().bf16),
+        seed=seed,
+        data_seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy=strategy,
+        save_steps=checkpoint_every or 500,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    order = ShuffledByLength([len(row["text"]) for row in train], settings.batch_size, seed)
+
+    class GroupedTrainer(Trainer):
+        """The stock Trainer with our order of the data, by the method it offers for that."""
+
+        def get_train_dataloader(self) -> Any:
+            return self.accelerator.prepare(
+                DataLoader(
+                    train,
+                    batch_size=self._train_batch_size,
+                    sampler=order,
+                    collate_fn=collate,
+                    pin_memory=torch.cuda.is_available(),
+                )
+            )
+
+    had = "accepts_loss_kwargs" in vars(model)
+    before = getattr(model, "accepts_loss_kwargs", None)
+    # The forward of a classifier takes **kwargs, from which the Trainer concludes that it divides
+    # its loss by `num_items_in_batch`. It does not: it returns the mean of its batch. Without this
+    # the gradients of accumulated batches would be added up instead of averaged.
+    model.accepts_loss_kwargs = False
+    try:
+        trainer = GroupedTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            data_collator=collate,
+            processing_class=collate.tokenizer,
+            callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save)],
+        )
+    finally:
+        if had:
+            model.accepts_loss_kwargs = before
+        else:
+            del model.accepts_loss_kwargs
+    trainer.remove_callback(PrinterCallback)
+    if on_progress is not None:
+        trainer.add_callback(ReportProgress(on_progress))
+    return trainer
+
+
+def _advice(what: str, trainer: Any, out: Path | None) -> str:
+    if out is None:
+        kept = "The model keeps the weights of the step before."
+    else:
+        trainer.save_model(str(out / "last-good"))
+        kept = f"The weights of the step before are in {out / 'last-good'}."
+        if (checkpoint := last_checkpoint(out)) is not None:
+            kept += f" The last checkpoint is {checkpoint}."
+    return f"{what}. Training stopped. {kept} Try a lower learning rate, or bf16 off."

@@ -1,0 +1,66 @@
+"""Scores of a classifier from its logits: a pure function of logits `[N, C]` and labels `[N]`.
+
+Balanced accuracy and macro-F1 stand beside accuracy because the class priors of domains differ:
+a model that only learnt the prior of its training domain loses accuracy elsewhere for that alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from moduli.errors import DataError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a classifier achieves on `n` examples; all but `loss` and `n` are in [0, 1]."""
+
+    n: int
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    loss: float
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> Scores:
+    """Accuracy, balanced accuracy, macro-F1 and mean cross-entropy (nats).
+
+    Classes that occur neither in the labels nor in the predictions do not enter the macro-F1, and
+    balanced accuracy is the mean recall of the classes that occur in the labels (scikit-learn's
+    definitions).
+
+    Args:
+        logits: `[N, C]`, any float dtype.
+        labels: `[N]`, class indices.
+
+    Raises:
+        DataError: no examples, or a label outside the model's classes.
+    """
+    from sklearn.metrics import f1_score, recall_score
+
+    if labels.numel() == 0:
+        raise DataError("There are no examples to score; give a data set with at least one.")
+    classes = logits.shape[-1]
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise DataError(
+            f"Labels run from {int(labels.min())} to {int(labels.max())}, "
+            f"but the model has {classes} classes (0 to {classes - 1})."
+        )
+    truth, predicted = labels.cpu().numpy(), logits.argmax(-1).cpu().numpy()
+    present = sorted(set(truth.tolist()))
+    loss = torch.nn.functional.cross_entropy(logits.double(), labels)
+    return Scores(
+        n=len(truth),
+        accuracy=float((truth == predicted).mean()),
+        balanced_accuracy=float(
+            recall_score(truth, predicted, labels=present, average="macro", zero_division=0)
+        ),
+        macro_f1=float(f1_score(truth, predicted, average="macro", zero_division=0)),
+        loss=float(loss),
+    )

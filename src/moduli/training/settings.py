@@ -1,0 +1,75 @@
+"""How a model is fine-tuned: one frozen record, part of a run's content hash.
+
+Only what can change the result is in here. What cannot (where checkpoints go, how often they are
+written, who watches the progress) is an argument of `moduli.training.finetune.finetune`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moduli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Settings of one fine-tuning run; the defaults suit a small encoder with a new head.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+
+    epochs: int = 3
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps instead of after `epochs`."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; it rises linearly over the warm-up and falls linearly to zero."""
+    batch_size: int = 32
+    """Examples per forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimiser step."""
+    max_length: int = 64
+    """Longest text in tokens; longer ones are cut."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    warmup: float = 0.06
+    """Share of the steps in which the learning rate rises."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    bf16: bool | Literal["auto"] = "auto"
+    """bfloat16 autocast in training: "auto" uses it where the hardware computes in it."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "epochs",
+            "learning_rate",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "max_grad_norm",
+        )
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it has to be above 0.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps is {self.max_steps}; give 1 or more, or leave it out.")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is {self.warmup}: a share of the steps, in [0, 1).")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay is {self.weight_decay}; it has to be 0 or more.")
+
+    def resolved(self) -> FinetuneSettings:
+        """The same settings with `bf16="auto"` replaced by what this machine will do."""
+        return replace(self, bf16=bf16_supported()) if self.bf16 == "auto" else self
+
+
+def bf16_supported() -> bool:
+    """Whether this machine has arithmetic in bfloat16, not only an emulation that is slower."""
+    import torch
+
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
