@@ -1,6 +1,19 @@
 """Real models and data by name; tasks with domains and splits without leaks."""
 
 from moduli.data.fetching import cache_dir, fetch, fetchable, resolve_model
+from moduli.data.loading import load_task, task_names
 from moduli.data.packages import Package
+from moduli.data.task import DataOptions, Splits, Task
 
-__all__ = ["Package", "cache_dir", "fetch", "fetchable", "resolve_model"]
+__all__ = [
+    "DataOptions",
+    "Package",
+    "Splits",
+    "Task",
+    "cache_dir",
+    "fetch",
+    "fetchable",
+    "load_task",
+    "resolve_model",
+    "task_names",
+]

@@ -1,0 +1,93 @@
+"""`load_task(name)`: one door to named tasks, own files and `datasets`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moduli.data.fetching import fetch
+from moduli.data.readers import READERS, read_files, read_hub
+from moduli.data.rows import checked_rows
+from moduli.data.sentiment import DOMAINS, LABEL_NAMES, sentiment_rows
+from moduli.data.splits import split_rows
+from moduli.data.task import DataOptions, Task
+from moduli.errors import ConfigError, DataError, UnknownNameError, nearest
+
+Event = Callable[[str], None]
+
+
+def load_task(name: str, *, on_event: Event | None = None, **options: Any) -> Task:
+    """A task with its domains and splits.
+
+    Args:
+        name: a named task (`task_names()`); csv:PATH, jsonl:PATH or parquet:PATH, optionally
+            followed by ,validation=PATH and ,test=PATH; or a name or directory that
+            `datasets.load_dataset` takes, NAME or NAME:CONFIGURATION.
+        on_event: called with one line for every step that takes time.
+        **options: fields of `DataOptions`.
+
+    Raises:
+        UnknownNameError: an option does not exist, or a name is nearly that of a named task.
+        ConfigError: an option has a value that cannot work.
+        DataError: the data cannot be read, or cannot be trained and tested on.
+        FetchError: a named task cannot be fetched.
+    """
+    known = {field.name: field.default for field in dataclasses.fields(DataOptions)}
+    for option in options:
+        if option not in known:
+            raise UnknownNameError(f"Data has no option {option!r}. {nearest(option, known)}")
+    if isinstance(options.get("domains"), str):
+        options["domains"] = (options["domains"],)
+    elif options.get("domains") is not None:
+        options["domains"] = tuple(options["domains"])
+    settings = DataOptions(**options)
+    if name in _NAMED:
+        return _NAMED[name](settings, on_event)
+    kind, colon, spec = name.partition(":")
+    notes: list[str] = []
+    if colon and kind in READERS:
+        tables = read_files(kind, spec, settings)
+    else:
+        _refuse_near_misses(name)
+        tables, notes = read_hub(name, settings)
+    rows, label_names, more = checked_rows(tables, settings)
+    domains, removed = split_rows(rows, label_names, settings)
+    return Task(name, "classification", label_names, domains, (*notes, *more, *removed))
+
+
+def task_names() -> list[str]:
+    """The named tasks."""
+    return sorted(_NAMED)
+
+
+def _sentiment(options: DataOptions, on_event: Event | None) -> Task:
+    fixed = ("text_column", "text_pair_column", "label_column", "domain_column", "group_column")
+    for field in dataclasses.fields(DataOptions):
+        if field.name in fixed and getattr(options, field.name) != field.default:
+            raise ConfigError(
+                f"{field.name} is for own files; the task 'sentiment' has its columns fixed."
+            )
+    rows = sentiment_rows(fetch("sentiment", on_event=on_event))
+    domains, notes = split_rows(rows, LABEL_NAMES, options, DOMAINS)
+    return Task("sentiment", "classification", LABEL_NAMES, domains, tuple(notes))
+
+
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+_NAMED: dict[str, Callable[[DataOptions, Event | None], Task]] = {"sentiment": _sentiment}
+
+
+def _refuse_near_misses(name: str) -> None:
+    """Say what was probably meant before asking a hub, which takes long and says less."""
+    if Path(name).is_file():
+        kind = _SUFFIXES.get(Path(name).suffix, "csv")
+        raise DataError(f"{name!r} is a file; name its kind as well: {kind}:{name}")
+    if "/" not in name and not Path(name).exists():
+        if difflib.get_close_matches(name, _NAMED, n=1, cutoff=0.8):
+            raise UnknownNameError(f"There is no task {name!r}. {nearest(name, _NAMED)}")
+        kind, colon, _ = name.partition(":")
+        if colon and difflib.get_close_matches(kind, READERS, n=1, cutoff=0.6):
+            raise UnknownNameError(f"There is no kind of file {kind!r}. {nearest(kind, READERS)}")
