@@ -1,1 +1,68 @@
-"""moduli: modular transformers, end to end."""
+"""moduli: modular transformers, end to end.
+
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    report = moduli.convert(model, moduli.EMoE(num_experts=16, top_k=4, layers="last:2"))
+    ...                                  # train it with the stock Trainer
+    moduli.merge(model)                  # dense again
+    model.save_pretrained(directory)     # an ordinary checkpoint
+
+Everything is imported when it is first used; methods are found by name in `moduli.methods`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moduli.errors import ModuliError
+from moduli.version import __version__
+
+if TYPE_CHECKING:
+    from moduli.methods.api import convert, load
+    from moduli.methods.emoe import EMoE
+    from moduli.surgery.checkpoint import save
+    from moduli.surgery.convert import set_top_k
+    from moduli.surgery.merge import merge
+    from moduli.surgery.seam import dense, is_modular
+    from moduli.training.auxiliary import auxiliary_loss
+
+_VERBS = {
+    "auxiliary_loss": "moduli.training.auxiliary",
+    "convert": "moduli.methods.api",
+    "dense": "moduli.surgery.seam",
+    "is_modular": "moduli.surgery.seam",
+    "load": "moduli.methods.api",
+    "merge": "moduli.surgery.merge",
+    "save": "moduli.surgery.checkpoint",
+    "set_top_k": "moduli.surgery.convert",
+}
+
+__all__ = [
+    "EMoE",
+    "ModuliError",
+    "__version__",
+    "auxiliary_loss",
+    "convert",
+    "dense",
+    "is_modular",
+    "load",
+    "merge",
+    "save",
+    "set_top_k",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return getattr(import_module(_VERBS[name]), name)
+    if name[:1].isupper():
+        from moduli.methods.registry import class_named
+
+        found = class_named(name)
+        if found is not None:
+            return found
+    raise AttributeError(f"module 'moduli' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -31,7 +31,9 @@ def choose_layers(ffns: Sequence[FFN], spec: LayerSpec) -> list[FFN]:
         count = len(ffns)
         bad = [i for i in spec if not -count <= int(i) < count]
         if bad:
-            raise ConfigError(f"layers={list(spec)}: {bad} out of range, the model has {count} FFNs")
+            raise ConfigError(
+                f"layers={list(spec)}: {bad} out of range, the model has {count} FFNs"
+            )
         wanted = {int(i) % count for i in spec}
         return [f for f in ffns if f.index in wanted]
     if all(isinstance(p, str) for p in spec) and spec:

@@ -1,0 +1,1 @@
+"""Published systems, one folder each; `registry` finds them, `api` applies them."""

@@ -1,0 +1,75 @@
+"""What a method is: a frozen config that knows how to apply itself to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from moduli.errors import ConfigError, nearest
+from moduli.surgery.layout import Layout
+from moduli.surgery.report import ConversionReport
+
+Progress = Callable[[str], None]
+"""Called with one line per step of a long conversion."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a dataclass whose fields are the settings, JSON-able.
+
+    Class attributes:
+        name: on the command line and in checkpoints.
+        summary: one line for lists.
+        modular: whether `apply` makes routed layers.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    modular: ClassVar[bool] = True
+
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        batch: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> ConversionReport | None:
+        """Change `model` in place.
+
+        Args:
+            model: a dense transformers model.
+            batch: keyword arguments of its forward, to measure output errors on real inputs.
+            progress: see `Progress`.
+        """
+        raise TypeError(f"{type(self).__name__} does not define apply(model)")
+
+    def restore(self, model: nn.Module, layout: Layout, permuted: bool) -> None:
+        """Make routed layers again from a stored layout, without any search.
+
+        Args:
+            model: the dense model of a checkpoint.
+            layout: from the checkpoint.
+            permuted: the neurons are in expert order already.
+        """
+        raise TypeError(f"{type(self).__name__} makes no routed layers to restore")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a setting that the method does not have.
+        """
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        for key in data:
+            if key not in known:
+                raise ConfigError(f"{cls.name} has no setting {key!r}. {nearest(key, known)}")
+        return cls(**data)

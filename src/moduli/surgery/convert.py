@@ -1,0 +1,219 @@
+"""Dense to modular, in place: choose layers, group neurons, permute, put the seam in.
+
+Methods call `split_ffns` with how they partition neurons and which router they use.
+Letters: D width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from moduli.errors import ConfigError, ModelError
+from moduli.routing import Router
+from moduli.surgery.fast import FastFFN
+from moduli.surgery.layout import LayerLayout, Layout
+from moduli.surgery.locate import FFN, neuron_tensors
+from moduli.surgery.projection import bias_of
+from moduli.surgery.seam import (
+    Pass,
+    PassHook,
+    RoutedActivation,
+    SeamOptions,
+    is_modular,
+    require_modular,
+)
+
+BuildRouter = Callable[[FFN, tuple[int, ...]], Router]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a method turns an FFN into experts, besides the labels of its neurons.
+
+    Attributes:
+        router: makes the router of a layer from its FFN (neurons already in expert order) and
+            the sizes of its experts.
+        options: see `SeamOptions`.
+        out_bias: "shared" adds the FFN's output bias once; "split" gives every expert 1 / k of
+            it as a parameter of its own (EMoE's reference).
+        top_k: k, for split biases.
+    """
+
+    router: BuildRouter
+    options: SeamOptions
+    out_bias: Literal["shared", "split"]
+    top_k: int
+
+
+def require_dense(model: nn.Module) -> None:
+    """Raise unless the model can be converted.
+
+    Raises:
+        ModelError: it has routed layers already, or its config says that its neurons are
+            permuted.
+    """
+    if is_modular(model):
+        raise ModelError(
+            f"this {type(model).__name__} is modular already; moduli.merge(model) makes it dense"
+        )
+    if layout_of(model) is not None:
+        raise ModelError(
+            "the neurons of this checkpoint are in expert order (its config has a 'moduli' "
+            "entry); moduli.load(directory) brings it back as a modular model"
+        )
+
+
+def split_ffns(
+    model: nn.Module,
+    ffns: Sequence[FFN],
+    labels: Sequence[Int[Tensor, " F"]],
+    split: Split,
+    method: str,
+    config: Mapping[str, Any],
+    *,
+    permuted: bool = False,
+) -> list[RoutedActivation]:
+    """Group the neurons of `ffns` by `labels` and route them; record it in `model.config`.
+
+    Args:
+        model: the whole model; changed in place.
+        ffns: the layers to convert.
+        labels: expert of every neuron of each, in original order.
+        split: router, options and biases.
+        method: name for the record.
+        config: settings for the record; JSON-able.
+        permuted: the weights are in expert order already (a checkpoint of a modular model).
+    """
+    layers = [LayerLayout(f.name, one.cpu().long()) for f, one in zip(ffns, labels, strict=True)]
+    shared = Pass()
+    routed = []
+    for ffn, layer in zip(ffns, layers, strict=True):
+        if not permuted:
+            permute_neurons(ffn, layer.order)
+        routed.append(install(ffn, layer.sizes, split, shared))
+    model.register_forward_pre_hook(
+        PassHook(shared, _position_of_mask(model)), with_kwargs=True, prepend=True
+    )
+    set_layout(model, Layout(method, config, layers))
+    return routed
+
+
+def install(ffn: FFN, sizes: tuple[int, ...], split: Split, shared: Pass) -> RoutedActivation:
+    """Put the seam into one FFN whose neurons are in expert order."""
+    weight = ffn.keys()
+    router = split.router(ffn, sizes).to(device=weight.device)
+    out_bias = None
+    if split.out_bias == "split":
+        own = bias_of(ffn.last)
+        if own is not None:
+            out_bias = split_bias(own.detach(), len(sizes), split.top_k)
+            own.requires_grad_(False)  # its share now lies in the experts
+    layer = RoutedActivation(ffn, sizes, router, split.options, shared, out_bias, split.top_k)
+    layer.train(ffn.block.training)
+    if layer.needs_input:
+        ffn.first.register_forward_pre_hook(layer.remember_input)
+    if out_bias is not None:
+        ffn.last.register_forward_hook(layer.add_expert_bias)
+    ffn.set_activation(layer)
+    entry = ffn.family.entry
+    if entry is not None and hasattr(ffn.block, entry):
+        setattr(ffn.block, entry, FastFFN(layer))
+    return layer
+
+
+def uninstall(layer: RoutedActivation) -> None:
+    """Take the seam out of one FFN; its weights stay as they are."""
+    ffn = layer.ffn
+    ffn.set_activation(layer.activation)
+    entry = ffn.family.entry
+    if entry is not None:
+        ffn.block.__dict__.pop(entry, None)
+    for module in ffn.projections.values():
+        base = getattr(module, "base_layer", module)
+        for hooks in (base._forward_pre_hooks, base._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is layer:
+                    del hooks[key]
+
+
+def split_bias(bias: Tensor, num_experts: int, top_k: int) -> Tensor:
+    """[E, D]: 1 / k of the output bias for every expert, so that k experts restore it."""
+    return (bias / top_k).expand(num_experts, -1).clone()
+
+
+@torch.no_grad()
+def permute_neurons(ffn: FFN, order: Int[Tensor, " F"]) -> None:
+    """Move neuron order[i] to position i in every tensor of the FFN, adapters included."""
+    for _, tensor, dim in neuron_tensors(ffn):
+        tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
+
+
+def layout_of(model: nn.Module) -> Layout | None:
+    """The layout that the model's config records, if any."""
+    data = getattr(getattr(model, "config", None), "moduli", None)
+    return None if data is None else Layout.from_dict(data)
+
+
+def set_layout(model: nn.Module, layout: Layout | None) -> None:
+    """Record the layout in the model's config, or remove it."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ModelError(
+            f"{type(model).__name__} has no config to record the layout in; "
+            "moduli converts transformers models"
+        )
+    if layout is not None:
+        config.moduli = layout.to_dict()
+    elif hasattr(config, "moduli"):
+        del config.moduli
+
+
+def recorded_layout(model: nn.Module) -> tuple[nn.Module, Layout]:
+    """The layout, and the module whose config records it (the model inside PEFT's wrapper).
+
+    Raises:
+        ModelError: no config has one.
+    """
+    for module in model.modules():
+        if any(isinstance(hook, PassHook) for hook in module._forward_pre_hooks.values()):
+            layout = layout_of(module)
+            if layout is not None:
+                return module, layout
+    raise ModelError("the model is routed, but its config has lost the 'moduli' entry")
+
+
+def set_top_k(model: nn.Module, k: int) -> None:
+    """Use `k` experts per token from now on, in every routed layer; recorded in the config.
+
+    Nothing else changes: shared output biases are added once for any k. Split biases
+    (`preset="paper"`) were divided by the k of conversion, so that their sum changes with k, as
+    it does in the reference.
+
+    Raises:
+        ConfigError: some layer has fewer than `k` experts, or k < 1.
+        ModelError: the model has no routed layers.
+    """
+    layers = require_modular(model)
+    for name, layer in layers.items():
+        if not 1 <= k <= layer.num_experts:
+            raise ConfigError(
+                f"top_k={k}, but {name} has {layer.num_experts} experts; "
+                f"choose 1 to {layer.num_experts}"
+            )
+    for layer in layers.values():
+        layer.router.rule = dataclasses.replace(layer.router.rule, top_k=k)
+    host, layout = recorded_layout(model)
+    set_layout(host, dataclasses.replace(layout, top_k=k))
+
+
+def _position_of_mask(model: nn.Module) -> int | None:
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index("attention_mask") if "attention_mask" in names else None

@@ -1,0 +1,139 @@
+"""The fast path: an FFN block that computes the chosen neurons only.
+
+It is taken where every projection is exactly a stock module with plain tensors, without hooks or
+tuner, so that nobody's change of the projections is bypassed; else the block's own code runs and
+the activation masks. Letters: T tokens, D width, F neurons, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moduli.experts.ffn import ExpertFFN
+from moduli.experts.kernels import run_experts
+from moduli.surgery.locate import FFN
+from moduli.surgery.projection import bias_of, is_stock, rows
+from moduli.surgery.seam import RoutedActivation
+
+# Where the loop over experts beats masking on CPU: experts of some width, few of them chosen,
+# and enough tokens to amortise the sort. Measured by benchmarks/paths.py.
+MIN_NEURONS = 64
+MAX_SHARE = 0.5
+MIN_TOKENS = 256
+
+
+class FastFFN:
+    """Stands in for the FFN method of one block; falls back to the class's own method.
+
+    Args:
+        layer: the routed activation of the block.
+    """
+
+    def __init__(self, layer: RoutedActivation) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        ffn = layer.ffn
+        if self.usable(x):
+            return _tail(ffn, self.compute(x), x)
+        entry = ffn.family.entry
+        assert entry is not None
+        y: Tensor = getattr(type(ffn.block), entry)(ffn.block, x)
+        return y
+
+    def usable(self, x: Tensor) -> bool:
+        """Whether this input takes the fast path."""
+        layer = self.layer
+        if layer.shared.dense or torch.compiler.is_compiling() or obstacle(layer) is not None:
+            return False
+        return layer.options.path == "fast" or (
+            pays_off(layer) and x.shape[:-1].numel() >= MIN_TOKENS
+        )
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The FFN without what the block does after it."""
+        layer = self.layer
+        flat = x.reshape(-1, x.shape[-1])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and layer._differentiable):
+            scores = layer.router.scores(flat)
+        routing = layer.route(scores, x.shape[:-1])
+        y = run_experts(flat, routing, views(layer.ffn, layer.sizes), layer.activation)
+        bias = bias_of(layer.ffn.last)
+        y = y if bias is None else y + bias.to(y.dtype)
+        return y.reshape(x.shape)
+
+
+def views(ffn: FFN, sizes: Sequence[int]) -> ExpertFFN:
+    """The experts of an FFN as views of its weights; gradients arrive in the weights."""
+
+    def cut(module: nn.Module, dim: int = 0) -> list[Tensor]:
+        return list(rows(module).split(list(sizes), dim=dim))
+
+    def cut_bias(module: nn.Module) -> list[Tensor] | None:
+        bias = bias_of(module)
+        return None if bias is None else list(bias.split(list(sizes)))
+
+    return ExpertFFN(
+        keys=cut(ffn.first),
+        values=[v.T for v in cut(ffn.last, dim=1)],
+        key_bias=cut_bias(ffn.first),
+        up_keys=None if ffn.up is None else cut(ffn.up),
+        up_bias=None if ffn.up is None else cut_bias(ffn.up),
+    )
+
+
+def obstacle(layer: RoutedActivation) -> str | None:
+    """Why the layer cannot take the fast path at present; None if it can."""
+    ffn, options = layer.ffn, layer.options
+    if options.path == "masked":
+        return "path='masked' was asked for"
+    if ffn.family.entry is None or not hasattr(ffn.block, ffn.family.entry):
+        return "the FFN is inline in a larger forward"
+    if layer.out_bias is not None:
+        return "experts have output biases of their own"
+    if options.select != "gate":
+        return f"select={options.select!r} needs all neurons"
+    if options.dropout:
+        return "dropout inside experts"
+    for path, module in ffn.projections.items():
+        if not is_stock(module):
+            return f"{path} is a {type(module).__name__}"
+        if module._forward_hooks or module._backward_hooks:
+            return f"{path} has hooks"
+        ours = layer.remember_input
+        if any(hook != ours for hook in module._forward_pre_hooks.values()):
+            return f"{path} has hooks"
+    return None
+
+
+def pays_off(layer: RoutedActivation) -> bool:
+    """Whether experts are wide enough, and few enough of them chosen, to be worth the sort."""
+    share = layer.router.rule.top_k / layer.num_experts
+    return min(layer.sizes) >= MIN_NEURONS and share <= MAX_SHARE
+
+
+def path_of(layer: RoutedActivation) -> str:
+    """The path in words, for reports."""
+    reason = obstacle(layer)
+    if reason is not None:
+        return f"masked ({reason})"
+    if layer.options.path == "fast":
+        return "fast"
+    if pays_off(layer):
+        return f"fast from {MIN_TOKENS} tokens, else masked"
+    return "masked (faster here: experts are narrow or most are chosen)"
+
+
+def _tail(ffn: FFN, y: Tensor, x: Tensor) -> Tensor:
+    if ffn.family.tail == "output":  # BERT: dropout, residual, LayerNorm
+        output = ffn.block.get_submodule("output")
+        normed: Tensor = output.get_submodule("LayerNorm")(output.get_submodule("dropout")(y) + x)
+        return normed
+    if ffn.family.tail == "dropout":
+        dropped: Tensor = ffn.block.get_submodule("dropout")(y)
+        return dropped
+    return y

@@ -1,0 +1,303 @@
+"""The activation seam: a routed FFN keeps its stock projections; only its activation is replaced.
+
+`RoutedActivation` sees the pre-activations of all neurons, lets the router choose experts, and
+zeroes the neurons of the others (or scales each expert's neurons by its combine weight). PEFT,
+quantisers, FSDP and savers find the classes and names they know. Where nothing stands in the way
+a `FastFFN` on the block computes the same function on the chosen neurons alone.
+
+Letters: B batch, S sequence, T tokens, D width, F neurons, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moduli.errors import ModelError
+from moduli.experts.ffn import merged_out_bias
+from moduli.losses.balance import load_importance_loss, switch_loss
+from moduli.routing import AvgKRouter, RouteContext, Router, Routing
+from moduli.surgery.locate import FFN
+from moduli.surgery.projection import bias_of
+
+Select = Literal["gate", "up", "up_abs", "inter", "inter_abs"]
+Aux = Literal["none", "load_importance", "load_importance_paper", "switch"]
+
+
+@dataclass
+class Pass:
+    """What all routed layers of one model share during a forward pass of it.
+
+    Attributes:
+        real: [B, S] mask of real tokens, from the model's attention mask; None if unknown.
+        dense: True while `moduli.dense` is active: every neuron takes part.
+        record: called with (layer name, routing, real mask per token) for every routed layer.
+        noise: standard normal samples by layer name, to reproduce a run.
+    """
+
+    real: Tensor | None = None
+    dense: bool = False
+    record: Callable[[str, Routing, Tensor | None], None] | None = None
+    noise: dict[str, Tensor] = field(default_factory=dict)
+
+    def context(self, shape: torch.Size, training: bool, name: str) -> RouteContext:
+        """The route context of a layer whose input has leading dimensions `shape`."""
+        real = self.real
+        if real is not None:
+            # With a cache the mask is longer than the new tokens: the last columns are theirs.
+            fits = len(shape) == 2 and real.shape[0] == shape[0] and real.shape[1] >= shape[1]
+            real = real[:, -shape[1] :].reshape(-1) if fits else None
+        return RouteContext(training=training, real=real, noise=self.noise.get(name))
+
+
+@dataclass(frozen=True)
+class SeamOptions:
+    """How a routed layer treats what lies around its routing.
+
+    Attributes:
+        select: which quantity scores experts of a gated FFN (avg-k on the gate projection, or
+            the mean over neurons of the named one).
+        aux: auxiliary loss of the layer, computed in training only.
+        aux_weight: its weight in the loss.
+        dropout: probability inside experts, in training.
+        dropout_before: drop pre-activations (EMoE's language code) instead of activations.
+        path: "auto" computes only chosen neurons where that is possible and pays off, "masked"
+            never, "fast" wherever it is possible.
+    """
+
+    select: Select = "gate"
+    aux: Aux = "none"
+    aux_weight: float = 0.01
+    dropout: float = 0.0
+    dropout_before: bool = False
+    path: Literal["auto", "masked", "fast"] = "auto"
+
+
+class RoutedActivation(nn.Module):
+    """Activation of an FFN whose neurons are grouped into experts, one after the other.
+
+    Args:
+        ffn: the FFN, its neurons already in expert order.
+        sizes: neurons per expert, in order.
+        router: scores and chooses.
+        options: see `SeamOptions`.
+        shared: state of the pass, one object for all layers of a model.
+        out_bias: one output bias per expert [E, D] instead of the FFN's own, or None.
+        bias_top_k: k for which the sum over k experts of `out_bias` restored the FFN's own.
+    """
+
+    def __init__(
+        self,
+        ffn: FFN,
+        sizes: tuple[int, ...],
+        router: Router,
+        options: SeamOptions,
+        shared: Pass,
+        out_bias: Float[Tensor, "E D"] | None = None,
+        bias_top_k: int = 1,
+    ) -> None:
+        super().__init__()
+        self.activation = ffn.activation
+        self.router = router
+        self.options = options
+        self.sizes = sizes
+        self.shared = shared
+        self._ffn = (ffn,)  # in a tuple, so that the block does not become a sub-module of itself
+        self.out_bias = None if out_bias is None else nn.Parameter(out_bias)
+        self.bias_top_k = bias_top_k
+        self.auxiliary: Tensor | None = None  # unweighted, of the last training forward
+        self.lost_auxiliary = False  # it was due, but gradients were off
+        self._input: Tensor | None = None  # x of the FFN, stored by `remember_input`
+        self._gates: Tensor | None = None  # [T, E], for the hook that adds the expert biases
+
+    @property
+    def ffn(self) -> FFN:
+        return self._ffn[0]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether scores come from the FFN's input rather than from its pre-activations."""
+        router = self.router
+        by_keys = isinstance(router, AvgKRouter) and router.live and not router.normalize
+        return self.options.select != "gate" or not by_keys
+
+    def forward(self, z: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
+        if self.shared.dense:
+            self._gates = None
+            return self.activation(z)
+        lead = z.shape[:-1]
+        flat = z.reshape(-1, z.shape[-1])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._differentiable):
+            scores = self._scores(flat)
+        routing = self.route(scores, lead)
+        gates = routing.gates(self.num_experts).to(z.dtype)
+        self._gates = gates if self.out_bias is not None else None
+        hidden = self._activate(flat)
+        return mask_neurons(hidden, gates, self.sizes).reshape(z.shape)
+
+    def route(self, scores: Float[Tensor, "T E"], lead: torch.Size) -> Routing:
+        """Routing from scores, with everything that is observed on the way."""
+        context = self.shared.context(lead, self.training, self.ffn.name)
+        routing = self.router.select(scores, context)
+        if self.shared.record is not None:
+            self.shared.record(self.ffn.name, routing, context.real)
+        if self.training and self.options.aux != "none":
+            self.lost_auxiliary = not torch.is_grad_enabled()
+            if not self.lost_auxiliary:
+                self.auxiliary = self._auxiliary(routing, context)
+        return routing
+
+    @property
+    def _differentiable(self) -> bool:
+        """Whether anything uses the gradient of the scores."""
+        rule = self.router.rule
+        return self.options.aux != "none" or rule.combine != "one"
+
+    def _scores(self, z: Float[Tensor, "T F"]) -> Float[Tensor, "T E"]:
+        if not self.needs_input:
+            assert isinstance(self.router, AvgKRouter)
+            return self.router.from_preactivations(z, bias_of(self.ffn.first))
+        if self._input is None:
+            raise ModelError(
+                f"{self.ffn.name}: the router needs the FFN's input, but its first projection "
+                "was not called through its module"
+            )
+        x, self._input = self._input, None
+        x = x.reshape(-1, x.shape[-1])
+        if self.options.select == "gate":
+            return self.router.scores(x)
+        assert isinstance(self.router, AvgKRouter) and self.ffn.up is not None
+        quantity = self.ffn.up(x)
+        if self.options.select.startswith("inter"):
+            quantity = self.activation(z) * quantity
+        if self.options.select.endswith("abs"):
+            quantity = quantity.abs()
+        return self.router.from_preactivations(quantity, None)
+
+    def _activate(self, z: Float[Tensor, "T F"]) -> Float[Tensor, "T F"]:
+        p, before = self.options.dropout, self.options.dropout_before
+        if before:
+            return self.activation(nn.functional.dropout(z, p, self.training))
+        return nn.functional.dropout(self.activation(z), p, self.training)
+
+    def _auxiliary(self, routing: Routing, context: RouteContext) -> Tensor:
+        assert routing.scores is not None and routing.noisy_scores is not None
+        scores, noisy, experts = routing.scores, routing.noisy_scores, routing.experts
+        if context.real is not None and not self.router.rule.route_padding:
+            keep = context.real
+            scores, noisy, experts = scores[keep], noisy[keep], experts[keep]
+        if self.options.aux == "switch":
+            return switch_loss(scores, experts)
+        rule = self.router.rule
+        paper = self.options.aux == "load_importance_paper"
+        compare = "probabilities" if paper else "scores"
+        return load_importance_loss(scores, noisy, rule.top_k, rule.noise, compare=compare)
+
+    def remember_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook on the first projection."""
+        self._input = args[0]
+
+    def add_expert_bias(self, module: nn.Module, args: object, y: Tensor) -> Tensor:
+        """Forward hook on the last projection: its own bias out, those of the experts in."""
+        if self.out_bias is None:
+            return y
+        own = bias_of(self.ffn.last)
+        plain = y if own is None else y - own.detach()
+        if self._gates is None:
+            return plain + merged_out_bias(self.out_bias, self.bias_top_k).to(y.dtype)
+        added = self._gates @ self.out_bias.to(self._gates.dtype)
+        return plain + added.reshape(y.shape).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        low, high = min(self.sizes), max(self.sizes)
+        return f"neurons={low}" if low == high else f"neurons={low}..{high}"
+
+
+def mask_neurons(
+    hidden: Float[Tensor, "T F"], gates: Float[Tensor, "T E"], sizes: tuple[int, ...]
+) -> Float[Tensor, "T F"]:
+    """Every neuron times the gate of its expert."""
+    if len(set(sizes)) == 1:
+        grouped = hidden.unflatten(-1, (len(sizes), sizes[0]))
+        return (grouped * gates[..., None]).flatten(-2)
+    counts = torch.tensor(sizes, device=gates.device)
+    return hidden * gates.repeat_interleave(counts, dim=-1, output_size=hidden.shape[-1])
+
+
+class ModelHook:
+    """A hook of ours on the whole model; `moduli.merge` removes them all."""
+
+
+class PassHook(ModelHook):
+    """Forward pre-hook of the whole model: notes which tokens are real, re-ties kept gates."""
+
+    def __init__(self, shared: Pass, position: int | None) -> None:
+        self.shared = shared
+        self.position = position  # of attention_mask among positional arguments
+
+    def __call__(
+        self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is None and self.position is not None and self.position < len(args):
+            mask = args[self.position]
+        known = isinstance(mask, Tensor) and mask.dim() == 2
+        self.shared.real = mask.bool() if isinstance(mask, Tensor) and known else None
+        for layer in routed_layers(model).values():
+            layer.auxiliary, layer.lost_auxiliary = None, False
+            if isinstance(layer.router, AvgKRouter):
+                layer.router.update()
+                layer.router.stale = layer.training
+
+
+def routed_layers(model: nn.Module) -> dict[str, RoutedActivation]:
+    """Routed layers by the name of their FFN block, in model order."""
+    return {m.ffn.name: m for m in model.modules() if isinstance(m, RoutedActivation)}
+
+
+def require_modular(model: nn.Module) -> dict[str, RoutedActivation]:
+    """The routed layers.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    layers = routed_layers(model)
+    if not layers:
+        raise ModelError(
+            f"this {type(model).__name__} has no routed layers; moduli.convert(model, ...) makes "
+            "them, moduli.load(directory) brings back saved ones"
+        )
+    return layers
+
+
+def is_modular(model: nn.Module) -> bool:
+    """Whether the model has routed layers."""
+    return any(isinstance(m, RoutedActivation) for m in model.modules())
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Within the block every expert of every layer takes part, as after `moduli.merge`.
+
+    Raises:
+        ModelError: the model has no routed layers.
+    """
+    states = {id(layer.shared): layer.shared for layer in require_modular(model).values()}
+    before = {key: state.dense for key, state in states.items()}
+    for state in states.values():
+        state.dense = True
+    try:
+        yield
+    finally:
+        for key, state in states.items():
+            state.dense = before[key]

@@ -1,0 +1,141 @@
+"""How the auxiliary losses of routed layers reach the loss that is minimised, exactly once.
+
+Outside a `Trainer`, the loss that a model returns in training mode includes them, as it does for
+the mixture-of-experts models of transformers. Inside one, the term is added to what the Trainer's
+`compute_loss` returns, whoever computed it: the model, a label smoother, a `compute_loss_func` or
+a subclass. There it is scaled so that a step of n micro-batches adds the mean of their terms, as
+one large batch would: the Trainer divides a loss by n unless it was already normalised by
+`num_items_in_batch`. Data-parallel averaging and loss scaling act on it like on the rest.
+
+`Trainer.training_step` is wrapped for that, once, when the first model with an auxiliary loss is
+converted, never at import; other models pass through unchanged. Evaluation does not see the term:
+layers compute it in training mode only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moduli.errors import ModelError
+from moduli.surgery.seam import ModelHook, RoutedActivation, routed_layers
+
+_MARK = "_moduli_adds_auxiliary_loss"
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """Weighted sum of the auxiliary losses of the last training forward; None if there is none.
+
+    For training loops of your own whose loss does not come from the model's output.
+
+    Raises:
+        ModelError: it was computed without gradients, as under reentrant checkpointing.
+    """
+    layers = list(routed_layers(model).values())
+    if any(layer.lost_auxiliary for layer in layers):
+        raise ModelError(
+            "the auxiliary loss was computed without gradients and would be lost; gradient "
+            "checkpointing must be non-reentrant "
+            "(gradient_checkpointing_kwargs={'use_reentrant': False}, the default of transformers)"
+        )
+    terms = [
+        layer.options.aux_weight * layer.auxiliary
+        for layer in layers
+        if layer.auxiliary is not None
+    ]
+    return torch.stack(terms).sum() if terms else None
+
+
+def has_auxiliary(model: nn.Module) -> bool:
+    """Whether any routed layer has an auxiliary loss."""
+    return any(isinstance(m, RoutedActivation) and m.options.aux != "none" for m in model.modules())
+
+
+class AddToOutput(ModelHook):
+    """Forward hook of the whole model: adds the term to the loss of its output."""
+
+    def __init__(self) -> None:
+        self.paused = False  # a Trainer step is running, which adds the term itself
+
+    def __call__(self, model: nn.Module, args: object, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.paused or not (model.training and torch.is_grad_enabled()):
+            return None
+        if kwargs.get("labels") is None:
+            return None  # the caller computes the loss: `auxiliary_loss(model)` is for them
+        term = auxiliary_loss(model)
+        if term is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + term.to(output[0].dtype), *output[1:])
+        output["loss"] = output["loss"] + term.to(output["loss"].dtype)
+        return output
+
+
+def wire_auxiliary_loss(model: nn.Module) -> None:
+    """Make sure that the auxiliary losses of a freshly converted model are minimised."""
+    if has_auxiliary(model):
+        model.register_forward_hook(AddToOutput(), with_kwargs=True)
+        _wrap_trainer()
+
+
+def _hooks(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    return [
+        (module, key)
+        for module in model.modules()
+        for key, hook in module._forward_hooks.items()
+        if isinstance(hook, AddToOutput)
+    ]
+
+
+def _wrap_trainer() -> None:
+    from transformers import Trainer
+
+    original = Trainer.training_step
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def training_step(
+        self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        hooks = [module._forward_hooks[key] for module, key in _hooks(model)]
+        if not hooks:
+            return original(self, model, inputs, num_items_in_batch)
+        overridden = self.__dict__.get("compute_loss")
+        compute = self.compute_loss
+
+        def compute_loss(*args: Any, **kwargs: Any) -> Any:
+            result = compute(*args, **kwargs)
+            loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
+            term = auxiliary_loss(model)
+            if term is not None:
+                loss = loss + _share(self, num_items_in_batch) * term.to(loss.dtype)
+            return loss if rest is None else (loss, *rest)
+
+        for hook in hooks:
+            hook.paused = True
+        self.compute_loss = compute_loss
+        try:
+            return original(self, model, inputs, num_items_in_batch)
+        finally:
+            for hook in hooks:
+                hook.paused = False
+            if overridden is None:
+                del self.compute_loss
+            else:
+                self.compute_loss = overridden
+
+    setattr(training_step, _MARK, True)
+    Trainer.training_step = training_step
+
+
+def _share(trainer: Any, num_items_in_batch: Any) -> float:
+    """Weight of this micro-batch's term in what `compute_loss` returns."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        by_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = by_items or trainer.compute_loss_func is not None
+    return 1.0 / trainer.current_gradient_accumulation_steps if scaled else 1.0
