@@ -251,10 +251,7 @@ def _adapter_tensors(layer: nn.Module, outward: bool) -> list[tuple[str, Tensor,
         if part == "lora_A":  # [R, in]
             if outward:
                 found.append((name, tensor, 1))
-        elif part == "lora_B":  # [out, R]
-            if not outward:
-                found.append((name, tensor, 0))
-        elif part == "lora_magnitude_vector":  # [out]
+        elif part == "lora_B" or part == "lora_magnitude_vector":  # [out, R]
             if not outward:
                 found.append((name, tensor, 0))
         else:

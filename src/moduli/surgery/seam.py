@@ -176,7 +176,8 @@ class RoutedActivation(nn.Module):
         x = x.reshape(-1, x.shape[-1])
         if self.options.select == "gate":
             return self.router.scores(x)
-        assert isinstance(self.router, AvgKRouter) and self.ffn.up is not None
+        assert isinstance(self.router, AvgKRouter)
+        assert self.ffn.up is not None
         quantity = self.ffn.up(x)
         if self.options.select.startswith("inter"):
             quantity = self.activation(z) * quantity
@@ -191,7 +192,8 @@ class RoutedActivation(nn.Module):
         return nn.functional.dropout(self.activation(z), p, self.training)
 
     def _auxiliary(self, routing: Routing, context: RouteContext) -> Tensor:
-        assert routing.scores is not None and routing.noisy_scores is not None
+        assert routing.scores is not None
+        assert routing.noisy_scores is not None
         scores, noisy, experts = routing.scores, routing.noisy_scores, routing.experts
         if context.real is not None and not self.router.rule.route_padding:
             keep = context.real

@@ -114,7 +114,9 @@ def make_labels(config: EMoE, ffn: FFN) -> Int[Tensor, " F"]:
 def split_of(config: EMoE, gated: bool) -> Split:
     """Router, seam options and bias rule of the resolved settings."""
     c = config.resolved(gated)
-    assert c.combine is not None and c.aux is not None and c.out_bias is not None
+    assert c.combine is not None
+    assert c.aux is not None
+    assert c.out_bias is not None
     rule = Rule(
         top_k=c.top_k,
         choose=c.choose,

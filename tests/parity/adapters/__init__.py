@@ -1,0 +1,1 @@
+"""One module per system, with `KINDS`: kind of case -> function(case, check) that runs ours."""
