@@ -144,5 +144,6 @@ def group_means(z: Float[Tensor, "T F"], sizes: Sequence[int]) -> Float[Tensor, 
     """Mean over each of the consecutive groups of columns, accumulated in at least float32."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     if len(set(sizes)) == 1:
-        return z.unflatten(-1, (len(sizes), sizes[0])).mean(dim=-1, dtype=dtype)
+        grouped = z.reshape(z.shape[0], len(sizes), sizes[0])
+        return grouped.mean(dim=-1, dtype=dtype)
     return torch.stack([g.mean(dim=-1, dtype=dtype) for g in z.split(list(sizes), dim=-1)], dim=-1)

@@ -56,7 +56,7 @@ def merge(model: nn.Module) -> MergeReport:
         (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
         (host._forward_hooks, host._forward_hooks_with_kwargs),
     ):
-        for key, hook in list(hooks.items()):
+        for key, hook in list[tuple[int, object]](hooks.items()):
             if isinstance(hook, ModelHook):
                 del hooks[key]
                 flags.pop(key, None)

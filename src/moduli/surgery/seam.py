@@ -134,7 +134,8 @@ class RoutedActivation(nn.Module):
     def forward(self, z: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         if self.shared.dense:
             self._gates = None
-            return self.activation(z)
+            full: Tensor = self.activation(z)
+            return full
         lead = z.shape[:-1]
         flat = z.reshape(-1, z.shape[-1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._differentiable):
@@ -188,7 +189,8 @@ class RoutedActivation(nn.Module):
     def _activate(self, z: Float[Tensor, "T F"]) -> Float[Tensor, "T F"]:
         p, before = self.options.dropout, self.options.dropout_before
         if before:
-            return self.activation(nn.functional.dropout(z, p, self.training))
+            hidden: Tensor = self.activation(nn.functional.dropout(z, p, self.training))
+            return hidden
         return nn.functional.dropout(self.activation(z), p, self.training)
 
     def _auxiliary(self, routing: Routing, context: RouteContext) -> Tensor:
@@ -230,8 +232,8 @@ def mask_neurons(
 ) -> Float[Tensor, "T F"]:
     """Every neuron times the gate of its expert."""
     if len(set(sizes)) == 1:
-        grouped = hidden.unflatten(-1, (len(sizes), sizes[0]))
-        return (grouped * gates[..., None]).flatten(-2)
+        grouped = hidden.reshape(hidden.shape[0], len(sizes), sizes[0])
+        return (grouped * gates[..., None]).reshape(hidden.shape)
     counts = torch.tensor(sizes, device=gates.device)
     return hidden * gates.repeat_interleave(counts, dim=-1, output_size=hidden.shape[-1])
 

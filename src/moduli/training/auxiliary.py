@@ -81,13 +81,9 @@ def wire_auxiliary_loss(model: nn.Module) -> None:
         _wrap_trainer()
 
 
-def _hooks(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    return [
-        (module, key)
-        for module in model.modules()
-        for key, hook in module._forward_hooks.items()
-        if isinstance(hook, AddToOutput)
-    ]
+def _hooks(model: nn.Module) -> list[AddToOutput]:
+    hooks: list[object] = [h for m in model.modules() for h in m._forward_hooks.values()]
+    return [hook for hook in hooks if isinstance(hook, AddToOutput)]
 
 
 def _wrap_trainer() -> None:
@@ -101,7 +97,7 @@ def _wrap_trainer() -> None:
     def training_step(
         self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        hooks = [module._forward_hooks[key] for module, key in _hooks(model)]
+        hooks = _hooks(model)
         if not hooks:
             return original(self, model, inputs, num_items_in_batch)
         overridden = self.__dict__.get("compute_loss")
@@ -129,7 +125,7 @@ def _wrap_trainer() -> None:
                 self.compute_loss = overridden
 
     setattr(training_step, _MARK, True)
-    Trainer.training_step = training_step
+    Trainer.training_step = training_step  # type: ignore[method-assign]
 
 
 def _share(trainer: Any, num_items_in_batch: Any) -> float:

@@ -184,7 +184,8 @@ def bias_for(case: Case) -> Tensor:
 
 
 def compare_routing(case: Case, check: Check, routing: Routing, rule: Rule, at: str = "") -> None:
-    assert routing.scores is not None and routing.noisy_scores is not None
+    assert routing.scores is not None
+    assert routing.noisy_scores is not None
     experts = routing.scores.shape[1]
     probs = routing.noisy_scores.softmax(-1)
     place = slots(routing.experts, experts, probs.amax(-1) if rule.prioritized else None)
@@ -249,7 +250,8 @@ def moe_layer_in_host(case: Case, check: Check, experts: int) -> None:
     check.close("y", y, "y of the host")
     if not case.has_input("cotangent"):
         return
-    assert layer.auxiliary is not None and layer.out_bias is not None
+    assert layer.auxiliary is not None
+    assert layer.out_bias is not None
     loss = (y * case.given("cotangent")).sum()
     loss = loss + config["aux_loss_weight_in_grads"] * layer.auxiliary
     loss.backward()
@@ -290,9 +292,7 @@ def gate(case: Case, check: Check) -> None:
         at = f"c{one['index']}."
         compare_routing(case, check, routing, rule, at)
         limit = capacity_said(routing, rule)
-        check.true(
-            limit == one["capacity"], f"{at}capacity is {limit}, expected {one['capacity']}"
-        )
+        check.true(limit == one["capacity"], f"{at}capacity is {limit}, expected {one['capacity']}")
         dropped = 0 if routing.active is None else int((~routing.active).sum())
         check.true(
             dropped == one["dropped_slots"],

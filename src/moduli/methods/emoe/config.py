@@ -12,7 +12,7 @@ Source: EMoE (NAACL 2024), qiuzh20/EMoE.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -95,7 +95,7 @@ class EMoE(Method):
 
     num_experts: int = 16
     top_k: int = 4
-    layers: str | tuple[int, ...] | tuple[str, ...] = "last:2"
+    layers: str | Sequence[int] | Sequence[str] = "last:2"
     preset: Literal["paper"] | None = None
     split: Literal["cluster", "contiguous", "random"] = "cluster"
     gate: Literal["avgk", "cosine", "linear"] = "avgk"
@@ -118,7 +118,7 @@ class EMoE(Method):
     cluster_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
+        if not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.preset not in DEFAULTS:
             raise ConfigError(f"preset is {self.preset!r}; it may be 'paper' or None")

@@ -78,9 +78,9 @@ def balanced_clusters(
         raise ConfigError("the keys contain NaN or infinity and cannot be clustered")
     deadline = None if time_limit is None else time.monotonic() + time_limit
     precise = 8 * width * width <= min(memory_limit, 256 << 20)
-    u = unit.numpy().astype(np.float64 if precise else np.float32)
+    u: Array = unit.numpy().astype(np.float64 if precise else np.float32)
     fits = u.itemsize * width * width <= memory_limit
-    gram = u @ u.T if fits else None
+    gram: Array | None = np.matmul(u, u.T) if fits else None
     best: tuple[float, Array] | None = None
     for start in range(1 if initial is not None else starts):
         labels = _start(width, num_experts, seed + start, initial)
