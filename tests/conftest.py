@@ -19,9 +19,11 @@ import pytest
 import torch
 from jaxtyping import config, install_import_hook
 
+import tests.typechecker  # noqa: F401 - the hook finds it by name
+
 # Every shape and type written in a signature of moduli is checked on every call under test.
 # It must be in place before the first import of moduli.
-install_import_hook("moduli", "beartype.beartype")
+install_import_hook("moduli", "tests.typechecker.check")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
