@@ -1,0 +1,1 @@
+"""Plan many runs, run them, compare them honestly, write a report. Runs are data."""

@@ -1,0 +1,102 @@
+"""What a run leaves behind, and how it is read back: one directory, one `record.json`.
+
+A directory appears under its final name by one rename when everything in it is written, so a
+directory with a record is a finished run and nothing else is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moduli.errors import CheckpointError
+from moduli.study.spec import RunSpec
+
+RECORD = "record.json"
+FAILED = "failed.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run."""
+
+    spec: RunSpec
+    scores: Mapping[str, Mapping[str, int | float]]
+    """Test scores of the tuned model by domain; see `moduli.training.metrics.Scores`."""
+    validation: Mapping[str, int | float] | None
+    """Scores on the validation split of the training domain: what a choice may be based on."""
+    merged: Mapping[str, Mapping[str, int | float]] | None
+    """Test scores after merging back to dense; None for a method that has nothing to merge."""
+    changed: Mapping[str, int] | None
+    """How many test predictions merging changed, by domain."""
+    conversion: Mapping[str, Any] | None
+    """`ConversionReport.to_dict()`."""
+    merge: Mapping[str, Any] | None
+    """`MergeReport.to_dict()`."""
+    steps: int
+    final_loss: float
+    """Mean training loss of the last tenth of the steps."""
+    seconds: Mapping[str, float]
+    """Time for conversion, training and evaluation, of the process that finished the run."""
+    environment: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "spec": self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunRecord:
+        """The inverse of `to_dict`."""
+        return cls(**{**data, "spec": RunSpec.from_dict(data["spec"])})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that stopped with an error; kept, and only tried again when asked."""
+
+    spec: RunSpec
+    error: str
+    message: str
+
+
+def read_record(directory: Path) -> RunRecord:
+    """The record of a finished run.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = directory / RECORD
+    try:
+        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} holds no finished run: it has no {RECORD}.") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is not the record of a run of this version of moduli ({error}); "
+            "delete its directory to run it again."
+        ) from None
+
+
+def read_records(root: Path) -> list[RunRecord]:
+    """All finished runs under `root`, in the order of their names."""
+    return [read_record(path.parent) for path in sorted(root.glob(f"[!.]*/{RECORD}"))]
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that the file is there completely or not at all."""
+    text = json.dumps(data, indent=1, sort_keys=True, allow_nan=True) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,306 @@
+"""Do one run: load, convert, tune, evaluate, merge, evaluate again, and write it all down at once.
+
+Work in flight lives in a hidden directory beside the final one (`.NAME.partial`), with the
+Trainer's checkpoints in it; a run that was killed goes on from the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moduli.data.task import Task
+from moduli.errors import CheckpointError, ConfigError
+from moduli.study.environment import hardware, versions
+from moduli.study.records import FAILED, RECORD, Failure, RunRecord, read_record, write_json
+from moduli.study.spec import RunSpec, plain
+from moduli.training.metrics import Scores
+
+PROBE_TEXTS = 64
+
+Stage = Literal["known", "started", "converted", "step", "evaluating", "finished", "failed"]
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """Something to show: which run, what happened, and what belongs to it.
+
+    `detail` is a `Progress` (stage "step"), a `ConversionReport` ("converted"), the name of what
+    is evaluated ("evaluating"), a `RunRecord` ("known", "finished") or a `Failure` ("failed").
+    """
+
+    spec: RunSpec
+    stage: Stage
+    detail: Any = None
+
+
+Listener = Callable[[RunEvent], None]
+
+
+def execute(
+    spec: RunSpec,
+    task: Task,
+    target: Path,
+    *,
+    keep_model: bool = False,
+    retry_failed: bool = False,
+    checkpoint_every: int | None = None,
+    on_event: Listener | None = None,
+) -> RunRecord | Failure:
+    """The record of the run, done now or found in `target`.
+
+    Args:
+        spec: what to run.
+        task: its task, loaded.
+        target: directory of the run. It appears when the run is complete.
+        keep_model: write the tuned model into `target` as well (an ordinary checkpoint, with
+            what `moduli.load` needs to make it modular again).
+        retry_failed: try again where an earlier try is recorded as failed.
+        checkpoint_every: steps between checkpoints; None: one per epoch.
+        on_event: called with `RunEvent`s.
+
+    Raises:
+        CheckpointError: `target` exists and is not this run.
+        ConfigError: another process is working on it.
+    """
+    tell = on_event or (lambda event: None)
+    if (record := finished(spec, target)) is not None:
+        tell(RunEvent(spec, "known", record))
+        return record
+    target = target.absolute()
+    partial = target.parent / f".{target.name}.partial"
+    with _locked(target):
+        if (record := finished(spec, target)) is not None:
+            tell(RunEvent(spec, "known", record))
+            return record
+        if not _same_spec(partial, spec) or (retry_failed and (partial / FAILED).exists()):
+            shutil.rmtree(partial, ignore_errors=True)
+        if (failure := _read_failure(partial, spec)) is not None:
+            tell(RunEvent(spec, "failed", failure))
+            return failure
+        partial.mkdir(exist_ok=True)
+        write_json(partial / "spec.json", spec.to_dict())
+        tell(RunEvent(spec, "started"))
+        try:
+            record = _work(spec, task, partial, keep_model, checkpoint_every, tell)
+        except Exception as error:
+            failure = Failure(spec, type(error).__name__, str(error))
+            write_json(partial / FAILED, {"error": failure.error, "message": failure.message})
+            tell(RunEvent(spec, "failed", failure))
+            if os.environ.get("MODULI_DEBUG"):
+                raise
+            return failure
+        os.rename(partial / "result", target)
+        shutil.rmtree(partial)
+    tell(RunEvent(spec, "finished", record))
+    return record
+
+
+def finished(spec: RunSpec, target: Path) -> RunRecord | None:
+    """The record in `target` if it is this run; None if nothing is there.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if not (target / RECORD).is_file():
+        raise CheckpointError(
+            f"{target} exists and is not a run of moduli (it has no {RECORD}). "
+            "Choose another directory, or move it away."
+        )
+    record = read_record(target)
+    if record.spec.key != spec.key:
+        raise CheckpointError(
+            f"{target} holds another run ({_difference(record.spec, spec)}). "
+            "Choose another directory, or delete it."
+        )
+    return record
+
+
+def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
+    """The pretrained model with a new head for the task's labels, and its tokenizer.
+
+    The head is drawn from the run's seed, so methods with one seed start from one head.
+
+    Raises:
+        CheckpointError: no such model, or its weights are not safetensors.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+    from moduli.data import resolve_model
+
+    path = resolve_model(spec.model)
+    set_seed(spec.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            num_labels=len(task.label_names),
+            id2label=dict(enumerate(task.label_names)),
+            label2id={name: i for i, name in enumerate(task.label_names)},
+            dtype=torch.float32,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{spec.model!r} does not load as a classifier: {_first_line(error)}"
+        ) from error
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model, tokenizer
+
+
+def probe(model: Any, tokenizer: Any, rows: Any, spec: RunSpec) -> dict[str, Any]:
+    """The first training texts as one batch: what a conversion's output error is measured on."""
+    from moduli.training.batches import Collate, use_padding
+
+    use_padding(model, tokenizer)
+    chosen = [rows[i] for i in range(min(PROBE_TEXTS, len(rows)))]
+    batch = Collate(tokenizer, spec.settings.max_length)(chosen)
+    batch.pop("labels")
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _work(
+    spec: RunSpec,
+    task: Task,
+    partial: Path,
+    keep_model: bool,
+    checkpoint_every: int | None,
+    tell: Listener,
+) -> RunRecord:
+    import moduli
+    from moduli.training.finetune import finetune, labels_of, predict
+    from moduli.training.metrics import score
+
+    clock = time.perf_counter
+    start = clock()
+    model, tokenizer = load_model(spec, task)
+    train = task.domains[spec.train_domain].train
+    assert train is not None  # `choose_domain` saw to it
+    conversion = spec.method.build().apply(model, batch=probe(model, tokenizer, train, spec))
+    tell(RunEvent(spec, "converted", conversion))
+    converted = clock()
+    result = finetune(
+        model,
+        tokenizer,
+        task.kind,
+        train,
+        settings=spec.settings,
+        seed=spec.seed,
+        out=partial / "checkpoints",
+        checkpoint_every=checkpoint_every,
+        on_progress=lambda progress: tell(RunEvent(spec, "step", progress)),
+    )
+    trained = clock()
+
+    shutil.rmtree(partial / "result", ignore_errors=True)
+    if keep_model:
+        moduli.save(model, partial / "result", tokenizer)
+    else:
+        (partial / "result").mkdir()
+
+    tests = {name: s.test for name, s in task.domains.items() if s.test is not None}
+    labels = {name: labels_of(rows) for name, rows in tests.items()}
+
+    def logits_of(what: str) -> dict[str, Any]:
+        found = {}
+        for name, rows in tests.items():
+            tell(RunEvent(spec, "evaluating", f"{name}{what}"))
+            found[name] = predict(model, tokenizer, rows, max_length=spec.settings.max_length)
+        return found
+
+    def score_all(logits: Mapping[str, Any]) -> dict[str, dict[str, int | float]]:
+        return {name: score(logits[name], labels[name]).to_dict() for name in tests}
+
+    validation = task.domains[spec.train_domain].validation
+    chosen_by: Scores | None = None
+    if validation is not None:
+        tell(RunEvent(spec, "evaluating", "validation"))
+        chosen_by = score(
+            predict(model, tokenizer, validation, max_length=spec.settings.max_length),
+            labels_of(validation),
+        )
+    routed = logits_of("")
+    merged = changed = merge = None
+    if moduli.is_modular(model):
+        merge = moduli.merge(model).to_dict()
+        dense = logits_of(", merged")
+        merged = score_all(dense)
+        changed = {
+            name: int((dense[name].argmax(-1) != routed[name].argmax(-1)).sum()) for name in tests
+        }
+    tail = result.losses[-max(1, len(result.losses) // 10) :]
+    record = RunRecord(
+        spec=spec,
+        scores=score_all(routed),
+        validation=None if chosen_by is None else chosen_by.to_dict(),
+        merged=merged,
+        changed=changed,
+        conversion=None if conversion is None else plain(conversion.to_dict()),
+        merge=None if merge is None else plain(merge),
+        steps=result.steps,
+        final_loss=sum(tail) / len(tail),
+        seconds={
+            "convert": converted - start,
+            "train": trained - converted,
+            "evaluate": clock() - trained,
+        },
+        environment={"versions": versions(), "hardware": hardware()},
+    )
+    write_json(partial / "result" / RECORD, record.to_dict())
+    return record
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.parent / f".{target.name}.lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"Another process is working on {target}. Wait for it, or choose another directory."
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _same_spec(partial: Path, spec: RunSpec) -> bool:
+    try:
+        data = json.loads((partial / "spec.json").read_text(encoding="utf-8"))
+        return RunSpec.from_dict(data).key == spec.key
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _read_failure(partial: Path, spec: RunSpec) -> Failure | None:
+    try:
+        data = json.loads((partial / FAILED).read_text(encoding="utf-8"))
+        return Failure(spec, data["error"], data["message"])
+    except FileNotFoundError:
+        return None
+
+
+def _difference(old: RunSpec, new: RunSpec) -> str:
+    a, b = old.to_dict(), new.to_dict()
+    return ", ".join(sorted(key for key in a if a[key] != b[key])) + " differs"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
