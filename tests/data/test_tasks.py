@@ -232,6 +232,13 @@ def test_given_test_rows_stay_and_what_would_leak_into_them_goes(tmp_path: Path)
     assert task.notes[0].startswith("2 rows of train were left out")
 
 
+def test_a_train_file_that_is_the_test_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "data.csv", table())
+    refused(
+        f"csv:{tmp_path / 'data.csv'},test={tmp_path / 'data.csv'}", "No rows are left to train"
+    )
+
+
 def test_a_domain_only_in_the_given_test_file_has_no_train(tmp_path: Path) -> None:
     home = [{"text": f"home {i}", "label": i % 2, "domain": "home"} for i in range(50)]
     away = [{"text": f"away {i}", "label": i % 2, "domain": "away"} for i in range(20)]
@@ -250,6 +257,27 @@ def test_a_local_directory_loads_as_a_datasets_name(tmp_path: Path) -> None:
         write(tmp_path / f"{split}.jsonl", rows)
     got = parts(load_task(str(tmp_path)).domains["all"])
     assert {s: len(p) for s, p in got.items()} == {"train": 54, "validation": 6, "test": 12}
+
+
+def test_a_hidden_test_set_is_not_used_and_class_names_are_kept(tmp_path: Path) -> None:
+    """As GLUE has it: class names in the features, and -1 for every label of test."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "even"])})
+    for split, count in (("train", 60), ("test", 12)):
+        labels = [i % 2 if split == "train" else -1 for i in range(count)]
+        texts = [f"{split} {i}" for i in range(count)]
+        data = Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        data.to_parquet(tmp_path / f"{split}.parquet")
+    task = load_task(str(tmp_path))
+    assert task.label_names == ("no", "even")
+    assert all(text.startswith("train") for _, _, text, _ in all_rows(task))
+    assert {s: len(p) for s, p in parts(task.domains["all"]).items()} == {
+        "train": 42,
+        "validation": 6,
+        "test": 12,
+    }
+    assert any("(test) is not used: it has no labels" in note for note in task.notes)
 
 
 def test_csv_texts_may_hold_commas_quotes_newlines_and_a_bom(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def checked_rows(
     return rows, names, notes
 
 
-def column(table: Table, name: str, option: str) -> list[Any]:
+def _column(table: Table, name: str, option: str) -> list[Any]:
     """One column, or an error that names those that exist and the option to set."""
     if name in table.columns:
         return table.columns[name]
@@ -82,14 +82,14 @@ def column(table: Table, name: str, option: str) -> list[Any]:
 
 
 def _rows_of(table: Table, options: DataOptions, notes: list[str]) -> list[tuple[Row, Any]]:
-    texts = column(table, options.text_column, "text_column")
-    labels = [_label(v) for v in column(table, options.label_column, "label_column")]
+    texts = _column(table, options.text_column, "text_column")
+    labels = [_label(v) for v in _column(table, options.label_column, "label_column")]
     size = len(texts)
     if not size:
         raise DataError(f"{table.source} has no rows.")
 
     def optional(name: str | None, option: str) -> list[Any]:
-        return [None] * size if name is None else column(table, name, option)
+        return [None] * size if name is None else _column(table, name, option)
 
     pairs = optional(options.text_pair_column, "text_pair_column")
     domains = optional(options.domain_column, "domain_column")
