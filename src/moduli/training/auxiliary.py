@@ -60,18 +60,52 @@ class AddToOutput(ModelHook):
     def __init__(self) -> None:
         self.paused = False  # a Trainer step is running, which adds the term itself
 
-    def __call__(self, model: nn.Module, args: object, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.paused or not (model.training and torch.is_grad_enabled()):
+    def __call__(self, model: nn.Module, args: object, kwargs: object, output: Any) -> Any:
+        if not (model.training and torch.is_grad_enabled()):
             return None
-        if kwargs.get("labels") is None:
-            return None  # the caller computes the loss: `auxiliary_loss(model)` is for them
         term = auxiliary_loss(model)
         if term is None:
             return None
+        loss = _loss_in(output)
+        if loss is None or self.paused:  # whoever makes the loss adds the term
+            return _lead_to(term, output) if _distributed() else None
+        loss = loss + term.to(loss.dtype)
         if isinstance(output, tuple):
-            return (output[0] + term.to(output[0].dtype), *output[1:])
-        output["loss"] = output["loss"] + term.to(output["loss"].dtype)
+            return (loss, *output[1:])
+        output["loss"] = loss
         return output
+
+
+def _loss_in(output: Any) -> Tensor | None:
+    """The loss in a model's output; in a tuple it is first, and the only scalar there."""
+    if isinstance(output, tuple):
+        first = output[0] if output else None
+        return first if isinstance(first, Tensor) and first.dim() == 0 else None
+    loss = output.get("loss") if isinstance(output, dict) else None
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _lead_to(term: Tensor, output: Any) -> Any:
+    """The same output, from which the graph leads to the term as well.
+
+    `DistributedDataParallel` takes parameters that it cannot reach from the model's output for
+    unused, and fails when they get a gradient after all: those of a gate that only the auxiliary
+    loss trains.
+    """
+    if isinstance(output, Tensor):
+        return output + 0 * term.to(output.dtype) if output.requires_grad else output
+    for key, value in output.items() if isinstance(output, dict) else enumerate(output):
+        if isinstance(value, Tensor) and value.requires_grad:
+            value = _lead_to(term, value)
+            if isinstance(output, tuple):
+                return (*output[:key], value, *output[key + 1 :])
+            output[key] = value
+            break
+    return output
 
 
 def wire_auxiliary_loss(model: nn.Module) -> None:
