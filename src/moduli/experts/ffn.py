@@ -4,7 +4,8 @@ The key of a neuron is its row of the first matrix, its value the matching colum
 (Geva et al. 2021). A gated FFN (SwiGLU) has a second key per neuron, the row of the up projection;
 the first key is then that of the gate projection, whose pre-activation passes the activation.
 
-Letters: D width, F neurons of the dense FFN, E experts, e neurons of one expert.
+Letters: D width, F neurons of the dense FFN, E experts, e neurons of one expert ("_" in the
+annotations, since experts of one layer may differ).
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class ExpertFFN:
         out_bias: one output bias per expert [E, D], weighted like the expert itself, or None.
     """
 
-    keys: Sequence[Float[Tensor, "e D"]]
-    values: Sequence[Float[Tensor, "e D"]]
-    key_bias: Sequence[Float[Tensor, " e"]] | None = None
-    up_keys: Sequence[Float[Tensor, "e D"]] | None = None
-    up_bias: Sequence[Float[Tensor, " e"]] | None = None
+    keys: Sequence[Float[Tensor, "_ D"]]
+    values: Sequence[Float[Tensor, "_ D"]]
+    key_bias: Sequence[Float[Tensor, " _"]] | None = None
+    up_keys: Sequence[Float[Tensor, "_ D"]] | None = None
+    up_bias: Sequence[Float[Tensor, " _"]] | None = None
     out_bias: Float[Tensor, "E D"] | None = None
 
     def __len__(self) -> int:
@@ -43,7 +44,7 @@ class ExpertFFN:
 
 def members_of(
     labels: Int[Tensor, " F"], num_experts: int, repeat: int = 1
-) -> list[Int[Tensor, " e"]]:
+) -> list[Int[Tensor, " _"]]:
     """Neurons of every expert, in ascending order.
 
     Args:
@@ -59,7 +60,7 @@ def members_of(
 def gather_experts(
     keys: Float[Tensor, "F D"],
     values: Float[Tensor, "F D"],
-    members: Sequence[Int[Tensor, " e"]],
+    members: Sequence[Int[Tensor, " _"]],
     *,
     key_bias: Float[Tensor, " F"] | None = None,
     out_bias: Float[Tensor, "E D"] | None = None,
@@ -74,7 +75,7 @@ def gather_experts(
 
 
 def scatter_experts(
-    experts: ExpertFFN, members: Sequence[Int[Tensor, " e"]]
+    experts: ExpertFFN, members: Sequence[Int[Tensor, " _"]]
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Dense keys [F, D], key bias [F] and values [F, D] from the experts of a partition.
 

@@ -51,7 +51,7 @@ def load_importance_loss(
 
 
 def switch_loss(scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"]) -> Float[Tensor, ""]:
-    """E * sum_i f_i P_i: f_i share of the slots of expert i, P_i its mean probability; 1 if even."""
+    """E * sum_i f_i P_i: f_i share of slots, P_i mean probability of expert i; 1 if even."""
     num_experts = scores.shape[1]
     counts = torch.bincount(experts.reshape(-1), minlength=num_experts)
     share = counts.to(scores.dtype) / experts.numel()

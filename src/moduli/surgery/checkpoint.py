@@ -108,7 +108,7 @@ def save(
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors that the ordinary part has no place for, by the names the modular model gives them."""
+    """Tensors that the ordinary part has no place for, by their names in the modular model."""
     return {
         f"{_prefix(layer)}{key}": tensor.detach().cpu()
         for layer in routed_layers(model).values()

@@ -115,9 +115,10 @@ def install(ffn: FFN, sizes: tuple[int, ...], split: Split, shared: Pass) -> Rou
         own = bias_of(ffn.last)
         if own is not None:
             out_bias = split_bias(own.detach(), len(sizes), split.top_k)
-            own.requires_grad_(False)  # its share now lies in the experts
     layer = RoutedActivation(ffn, sizes, router, split.options, shared, out_bias, split.top_k)
     layer.train(ffn.block.training)
+    if out_bias is not None:
+        layer.freeze_own_bias()
     if layer.needs_input:
         ffn.first.register_forward_pre_hook(layer.remember_input)
     if out_bias is not None:
@@ -132,6 +133,7 @@ def install(ffn: FFN, sizes: tuple[int, ...], split: Split, shared: Pass) -> Rou
 def uninstall(layer: RoutedActivation) -> None:
     """Take the seam out of one FFN; its weights stay as they are."""
     ffn = layer.ffn
+    layer.restore_own_bias()
     ffn.set_activation(layer.activation)
     entry = ffn.family.entry
     if entry is not None:

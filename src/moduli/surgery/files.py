@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from moduli.errors import CheckpointError
 
 MARKER = "moduli.json"
@@ -35,11 +37,12 @@ def new_directory(target: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         _sync(temporary)
         _put_in_place(temporary, target)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"could not write {target}: {error.strerror or error}; nothing was left behind"
+            f"could not write {target}: {reason}; nothing was left behind"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -95,8 +98,6 @@ def check_readable(path: Path) -> None:
     Raises:
         CheckpointError: truncated or otherwise damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             file.keys()

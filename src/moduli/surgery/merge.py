@@ -47,7 +47,6 @@ def merge(model: nn.Module) -> MergeReport:
         own = bias_of(layer.ffn.last)
         if bias is not None and own is not None:
             own.copy_(bias)
-            own.requires_grad_(True)
         if changed:
             averaged.append(f"output bias of {layer.ffn.name}")
         uninstall(layer)

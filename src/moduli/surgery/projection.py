@@ -19,7 +19,8 @@ def is_stock(module: nn.Module) -> bool:
     if not (type(module) is nn.Linear or is_conv1d(module)):
         return False
     weight = module.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.dim() == 2
+    plain: tuple[type, ...] = (nn.Parameter, Tensor)
+    return isinstance(weight, Tensor) and type(weight) in plain and weight.dim() == 2
 
 
 def out_dim(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -112,9 +112,11 @@ class RoutedActivation(nn.Module):
         self.out_bias = None if out_bias is None else nn.Parameter(out_bias)
         self.bias_top_k = bias_top_k
         self.auxiliary: Tensor | None = None  # unweighted, of the last training forward
+        self._own_bias_trained = False  # whether the FFN's output bias was trainable before
         self.lost_auxiliary = False  # it was due, but gradients were off
         self._input: Tensor | None = None  # x of the FFN, stored by `remember_input`
         self._gates: Tensor | None = None  # [T, E], for the hook that adds the expert biases
+        self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
 
     @property
     def ffn(self) -> FFN:
@@ -222,9 +224,36 @@ class RoutedActivation(nn.Module):
         added = self._gates @ self.out_bias.to(self._gates.dtype)
         return plain + added.reshape(y.shape).to(y.dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors of the last pass have a graph, which can neither be copied nor pickled.
+        return {**self.__dict__, "auxiliary": None, "_input": None, "_gates": None}
+
+    def freeze_own_bias(self) -> None:
+        """Stop training the FFN's output bias, whose share lies in the experts from now on."""
+        own = bias_of(self.ffn.last)
+        if own is not None:
+            self._own_bias_trained = own.requires_grad
+            own.requires_grad_(False)
+
+    def restore_own_bias(self) -> None:
+        """Let the FFN's output bias train again if it did before."""
+        own = bias_of(self.ffn.last)
+        if own is not None and self.out_bias is not None:
+            own.requires_grad_(self._own_bias_trained)
+
     def extra_repr(self) -> str:
         low, high = min(self.sizes), max(self.sizes)
         return f"neurons={low}" if low == high else f"neurons={low}..{high}"
+
+
+def _settle(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before a state dict: make a due update of a kept gate, since a resumed run cannot."""
+    router = layer.router
+    if isinstance(router, AvgKRouter):
+        due = router.stale
+        router.update()
+        # Without momentum it may be repeated, should an optimiser step be still to come.
+        router.stale = due and router.momentum == 0
 
 
 def mask_neurons(
@@ -252,6 +281,12 @@ class PassHook(ModelHook):
     def __call__(
         self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
+        if getattr(model, "_is_replica", False):
+            raise ModelError(
+                "nn.DataParallel runs copies of a model in threads, which routed layers do not "
+                "support; start one process per device instead (torchrun), as for "
+                "DistributedDataParallel, or show the process one device"
+            )
         mask = kwargs.get("attention_mask")
         if mask is None and self.position is not None and self.position < len(args):
             mask = args[self.position]
