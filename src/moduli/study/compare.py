@@ -10,7 +10,7 @@ from typing import Any
 from moduli.data.task import Task
 from moduli.errors import ConfigError
 from moduli.study.records import Failure, RunRecord
-from moduli.study.run import Listener, execute
+from moduli.study.run import Listener, RunEvent, execute, failure_of
 from moduli.study.spec import MethodSpec, Plan, RunSpec
 
 
@@ -56,19 +56,28 @@ def compare(
     records: list[RunRecord] = []
     failures: list[Failure] = []
     for spec in specs:
-        outcome = execute(
-            spec,
-            task,
-            root / spec.key,
-            keep_model=spec.method.name in keep_models,
-            retry_failed=retry_failed,
-            checkpoint_every=checkpoint_every,
-            on_event=on_event,
-        )
-        if isinstance(outcome, RunRecord):
-            records.append(outcome)
-        else:
-            failures.append(outcome)
+        target = root / spec.key
+        failure = None if retry_failed else failure_of(spec, target)
+        if failure is None:
+            try:
+                record = execute(
+                    spec,
+                    task,
+                    target,
+                    keep_model=spec.method.name in keep_models,
+                    checkpoint_every=checkpoint_every,
+                    on_event=on_event,
+                )
+            except Exception:
+                failure = failure_of(spec, target)
+                if failure is None:  # not the run's fault: a directory that is not ours, a lock
+                    raise
+            else:
+                records.append(record)
+                continue
+        elif on_event is not None:
+            on_event(RunEvent(spec, "failed", failure))
+        failures.append(failure)
     return Study(plan, specs[0].train_domain, tuple(records), tuple(failures))
 
 

@@ -88,7 +88,8 @@ def hand_back(
     tell("the checkpoint in a new process, with plain transformers and without moduli")
     again = _in_new_process(target, texts, length, str(model.device))
 
-    routed_accuracy, merged_accuracy = {}, {}
+    routed_accuracy: dict[str, float] = {}
+    merged_accuracy: dict[str, float] = {}
     start = 0
     for name, rows in tests.items():
         labels = torch.tensor(rows["label"])

@@ -43,10 +43,7 @@ def main(job_file: str) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     with open(job_file, encoding="utf-8") as file:
         job = json.load(file)
     torch.set_num_threads(job["threads"])

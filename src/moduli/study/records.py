@@ -88,7 +88,7 @@ def read_records(root: Path) -> list[RunRecord]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that the file is there completely or not at all."""
-    text = json.dumps(data, indent=1, sort_keys=True, allow_nan=True) + "\n"
+    text = json.dumps(data, indent=1, allow_nan=True) + "\n"
     write_text(path, text)
 
 

@@ -50,10 +50,9 @@ def execute(
     target: Path,
     *,
     keep_model: bool = False,
-    retry_failed: bool = False,
     checkpoint_every: int | None = None,
     on_event: Listener | None = None,
-) -> RunRecord | Failure:
+) -> RunRecord:
     """The record of the run, done now or found in `target`.
 
     Args:
@@ -62,29 +61,27 @@ def execute(
         target: directory of the run. It appears when the run is complete.
         keep_model: write the tuned model into `target` as well (an ordinary checkpoint, with
             what `moduli.load` needs to make it modular again).
-        retry_failed: try again where an earlier try is recorded as failed.
         checkpoint_every: steps between checkpoints; None: one per epoch.
         on_event: called with `RunEvent`s.
 
     Raises:
         CheckpointError: `target` exists and is not this run.
         ConfigError: another process is working on it.
+        Exception: whatever stopped the run; its reason is kept (see `failure_of`), and the next
+            call starts the run again.
     """
     tell = on_event or (lambda event: None)
     if (record := finished(spec, target)) is not None:
         tell(RunEvent(spec, "known", record))
         return record
     target = target.absolute()
-    partial = target.parent / f".{target.name}.partial"
+    partial = partial_of(target)
     with _locked(target):
         if (record := finished(spec, target)) is not None:
             tell(RunEvent(spec, "known", record))
             return record
-        if not _same_spec(partial, spec) or (retry_failed and (partial / FAILED).exists()):
+        if not _same_spec(partial, spec) or (partial / FAILED).exists():
             shutil.rmtree(partial, ignore_errors=True)
-        if (failure := _read_failure(partial, spec)) is not None:
-            tell(RunEvent(spec, "failed", failure))
-            return failure
         partial.mkdir(exist_ok=True)
         write_json(partial / "spec.json", spec.to_dict())
         tell(RunEvent(spec, "started"))
@@ -94,13 +91,26 @@ def execute(
             failure = Failure(spec, type(error).__name__, str(error))
             write_json(partial / FAILED, {"error": failure.error, "message": failure.message})
             tell(RunEvent(spec, "failed", failure))
-            if os.environ.get("MODULI_DEBUG"):
-                raise
-            return failure
+            raise
         os.rename(partial / "result", target)
         shutil.rmtree(partial)
     tell(RunEvent(spec, "finished", record))
     return record
+
+
+def partial_of(target: Path) -> Path:
+    """Where a run that is to appear at `target` is while it is in flight."""
+    return target.parent / f".{target.name}.partial"
+
+
+def failure_of(spec: RunSpec, target: Path) -> Failure | None:
+    """Why an earlier try of this run stopped, or None."""
+    partial = partial_of(target.absolute())
+    try:
+        data = json.loads((partial / FAILED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return Failure(spec, data["error"], data["message"]) if _same_spec(partial, spec) else None
 
 
 def finished(spec: RunSpec, target: Path) -> RunRecord | None:
@@ -287,14 +297,6 @@ def _same_spec(partial: Path, spec: RunSpec) -> bool:
         return RunSpec.from_dict(data).key == spec.key
     except (OSError, ValueError, TypeError, KeyError):
         return False
-
-
-def _read_failure(partial: Path, spec: RunSpec) -> Failure | None:
-    try:
-        data = json.loads((partial / FAILED).read_text(encoding="utf-8"))
-        return Failure(spec, data["error"], data["message"])
-    except FileNotFoundError:
-        return None
 
 
 def _difference(old: RunSpec, new: RunSpec) -> str:

@@ -78,7 +78,7 @@ def tabulate(study: Study, metric: Metric = "accuracy") -> Table:
                     reference = values_of(baseline, column, metric, merged=False)
                     difference = paired_difference(values, reference)
                 cells.append(Cell(values, summarise(list(values.values())), difference))
-            rows.append(Row(f"{label}, merged" if merged else label, merged, tuple(cells)))
+            rows.append(Row(f"{label} (merged)" if merged else label, merged, tuple(cells)))
     return Table(metric, tuple(columns), tuple(rows))
 
 

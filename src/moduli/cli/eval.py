@@ -1,0 +1,58 @@
+"""`moduli eval`: scores of a model on the domains of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moduli.cli.options import Data, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Data):
+    """Scores of a tuned model on every domain of a task.
+
+    A directory that moduli wrote is evaluated as the modular model it is; --dense evaluates its
+    ordinary part with plain transformers instead, as somebody without moduli would.
+
+    examples:
+      moduli eval --model runs/mine --data sentiment
+      moduli eval --model runs/mine --data csv:other.csv --dense
+    """
+
+    model: str
+    """Directory of the model, or a Hugging Face name."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Which part of each domain."""
+    dense: bool = False
+    """Evaluate the ordinary part, with plain transformers."""
+    max_length: int | None = None
+    """Longest text in tokens. Default: what the model was tuned with."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("eval", Eval, argv)
+    from moduli.cli.output import Output
+    from moduli.cli.tables import score_table
+    from moduli.data import load_task
+    from moduli.study.tuned import evaluate_task, load_tuned, trained_length
+
+    output = Output(args.json)
+    model, tokenizer = load_tuned(args.model, dense=args.dense)
+    task = load_task(args.data, on_event=output.note, **args.data_options())
+    for note in task.notes:
+        output.note(note)
+    scores = evaluate_task(
+        model,
+        tokenizer,
+        task,
+        split=args.split,
+        max_length=args.max_length or trained_length(args.model),
+        on_domain=lambda name: output.note(f"testing on {name}"),
+    )
+    shown = {name: score.to_dict() for name, score in scores.items()}
+    output.data({"model": args.model, "split": args.split, "dense": args.dense, "scores": shown})
+    output.text(score_table(shown, None))
+    return 0

@@ -1,0 +1,130 @@
+"""What commands share: options, methods as typed subcommands, and parsing with tyro."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar, Union
+
+import tyro
+
+from moduli.data.task import DataOptions
+from moduli.errors import UnknownNameError, nearest
+from moduli.training.settings import FinetuneSettings
+
+Args = TypeVar("Args")
+
+CONFIG = (
+    tyro.conf.OmitSubcommandPrefixes,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.CascadeSubcommandArgs,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every command."""
+
+    json: bool = False
+    """Print the result as one JSON document on stdout; everything else goes to stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Common):
+    """Options of commands that read a task."""
+
+    data: str
+    """The task: "sentiment", csv:PATH, jsonl:PATH, parquet:PATH, or a name that
+    datasets.load_dataset knows."""
+    reading: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+
+    def data_options(self) -> dict[str, Any]:
+        """The options that were changed, for `load_task` and a run's spec."""
+        default = DataOptions()
+        return {
+            f.name: getattr(self.reading, f.name)
+            for f in dataclasses.fields(DataOptions)
+            if getattr(self.reading, f.name) != getattr(default, f.name)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Data):
+    """Options of commands that train."""
+
+    model: str
+    """The pretrained model: a name that `moduli fetch` knows (minilm), a directory, or a
+    Hugging Face name."""
+    train_domain: str | None = None
+    """The domain to train on; the others are only tested on. Default: the first one."""
+    settings: tyro.conf.OmitArgPrefixes[FinetuneSettings] = field(default_factory=FinetuneSettings)
+    checkpoint_every: int | None = None
+    """Steps between checkpoints from which an interrupted run goes on. Default: one per epoch."""
+
+
+def parse(command: str, kind: type[Args], argv: Sequence[str]) -> Args:
+    """The arguments of a command as an instance of its dataclass.
+
+    Its docstring is the help text. On a usage error or --help tyro prints and exits.
+    """
+    return tyro.cli(kind, prog=f"moduli {command}", args=list(argv), config=CONFIG)
+
+
+def parse_with_method(command: str, kind: type[Args], argv: Sequence[str]) -> tuple[Args, Any]:
+    """As `parse`, with a method and its settings as the last, typed subcommand.
+
+    Raises:
+        UnknownNameError: there is no method of the name that was given.
+    """
+    _check_method_name(command, kind, argv)
+    made = dataclasses.make_dataclass(
+        kind.__name__, [("method", _methods())], bases=(kind,), frozen=True, kw_only=True
+    )
+    made.__doc__ = kind.__doc__
+    parsed: Any = tyro.cli(made, prog=f"moduli {command}", args=list(argv), config=CONFIG)
+    return parsed, parsed.method
+
+
+def parse_method(command: str, argv: Sequence[str]) -> Any:
+    """A method with its settings, as the second and later ones of `compare` are given."""
+    from moduli.methods.registry import get_method
+
+    if argv and not argv[0].startswith("-"):
+        get_method(argv[0])  # raises with the nearest names
+    return tyro.cli(_methods(), prog=f"moduli {command} ... +", args=list(argv), config=CONFIG)
+
+
+def _methods() -> Any:
+    from moduli.methods.registry import get_method, method_names
+
+    kinds = [
+        Annotated[cls, tyro.conf.subcommand(cls.name, description=cls.summary)]
+        for cls in map(get_method, method_names())
+    ]
+    # A union of one is no union, and tyro would make no subcommand of it.
+    union: Any = Union[tuple(kinds)] if len(kinds) > 1 else kinds[0]  # noqa: UP007
+    return union
+
+
+def _check_method_name(command: str, kind: type[Any], argv: Sequence[str]) -> None:
+    """tyro reports an unknown subcommand as an unrecognised option; we know better."""
+    from moduli.methods.registry import method_names
+
+    names = method_names()
+    if any(word in names or word in ("-h", "--help") for word in argv):
+        return
+    try:
+        _, unknown = tyro.cli(
+            kind,
+            prog=f"moduli {command}",
+            args=list(argv),
+            config=CONFIG,
+            return_unknown_args=True,
+            console_outputs=False,
+        )
+    except SystemExit:
+        return  # another error comes first; the full parser reports it
+    word = next((word for word in unknown if not word.startswith("-")), None)
+    if word is not None and word == unknown[0]:
+        raise UnknownNameError(f"There is no method {word!r}. {nearest(word, names)}")

@@ -1,0 +1,78 @@
+"""`moduli tune`: one run, written as a model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moduli.cli.options import Training, parse_with_method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(Training):
+    """Fine-tune a pretrained model by a method and test it in and out of domain.
+
+    The method comes last, with its own settings: moduli tune [options] METHOD [settings].
+    `moduli methods` lists them; `moduli tune emoe --help` shows the settings of one.
+
+    The result is a directory with an ordinary checkpoint that plain transformers loads, plus
+    moduli.json, with which moduli makes it modular again, and record.json, the run. The same
+    command goes on from the last checkpoint after Ctrl-C or a crash.
+
+    examples:
+      moduli tune --model minilm --data sentiment --train-domain amazon emoe --num-experts 64
+      moduli tune --model minilm --data csv:reviews.csv --domain-column source dense
+      moduli tune --model ./my-bert --data jsonl:a.jsonl,test=b.jsonl --out runs/mine emoe
+    """
+
+    out: Path | None = None
+    """Directory of the result. Default: runs/ and the hash of all settings."""
+    seed: int = 0
+    """New head, order of the data, dropout."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args, method = parse_with_method("tune", Tune, argv)
+    from moduli.cli.live import StudyProgress
+    from moduli.cli.output import Output
+    from moduli.cli.tables import score_table
+    from moduli.data import load_task
+    from moduli.study.compare import check
+    from moduli.study.run import execute
+    from moduli.study.spec import MethodSpec, Plan
+
+    output = Output(args.json)
+    task = load_task(args.data, on_event=output.note, **args.data_options())
+    for note in task.notes:
+        output.note(note)
+    plan = Plan(
+        model=args.model,
+        task=args.data,
+        data=args.data_options(),
+        train_domain=args.train_domain,
+        methods=(MethodSpec.of(method),),
+        seeds=(args.seed,),
+        settings=args.settings,
+    )
+    (spec,) = check(plan, task)
+    target = args.out or Path("runs") / spec.key
+    with StudyProgress(output.log, runs=1) as progress:
+        record = execute(
+            spec,
+            task,
+            target,
+            keep_model=True,
+            checkpoint_every=args.checkpoint_every,
+            on_event=progress.show,
+        )
+    output.data({"directory": str(target), **record.to_dict()})
+    output.text(score_table(record.scores, spec.train_domain))
+    if record.merged is not None and record.changed is not None:
+        output.text("", "merged back to dense (what plain transformers loads):")
+        output.text(score_table(record.merged, spec.train_domain))
+        tested = sum(int(score["n"]) for score in record.scores.values())
+        output.text(f"merging changed {sum(record.changed.values())} of {tested} predictions")
+    output.text("", f"written to {target}")
+    return 0

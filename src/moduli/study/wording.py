@@ -1,0 +1,60 @@
+"""Numbers and differences in words, the same in terminal and report.
+
+No sentence says more than its interval carries: where the interval of a paired difference covers
+zero, the sentence says that nothing was shown.
+"""
+
+from __future__ import annotations
+
+from moduli.study.statistics import PairedDifference
+from moduli.study.table import Table
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def headline(table: Table) -> list[str]:
+    """What the numbers support, one sentence per method and place."""
+    if len(table.rows) < 2:
+        return ["Only one method has finished runs, so there is nothing to compare yet."]
+    sentences = []
+    for row in table.rows[1:]:
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            if column.kind != "one domain" and cell.difference is not None:
+                place = "in-domain" if column.kind == "in-domain" else "out of domain"
+                sentences.append(claim(row.label, table.rows[0].label, place, cell.difference))
+    return sentences
+
+
+def claim(label: str, baseline: str, place: str, d: PairedDifference) -> str:
+    """One sentence on one paired difference that says no more than its interval does."""
+    pairs = f"{d.n} paired seeds" if d.n > 1 else "1 seed"
+    if d.interval is None:
+        return (
+            f"{label} against {baseline} {place}: {points(d.mean)} points "
+            f"({pairs}; too little for an interval)."
+        )
+    shown = f"95 % interval {interval_text(d.interval)}, {pairs}"
+    if d.sign == 0:
+        return (
+            f"No difference between {label} and {baseline} was shown {place}: "
+            f"{points(d.mean)} points on average ({shown})."
+        )
+    word = "higher" if d.sign > 0 else "lower"
+    size = f"{100 * abs(d.mean):.1f} points"
+    return f"{label} scored {word} than {baseline} {place} by {size} ({shown})."
+
+
+def percent(value: float) -> str:
+    """0.853 as 85.3."""
+    return f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    """A difference of two shares in points, with its sign: +0.4."""
+    text = f"{100 * value:+.1f}"
+    return ("0.0" if float(text) == 0 else text).replace("-", MINUS)
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """An interval of differences in points."""
+    return "none" if interval is None else f"{points(interval[0])} to {points(interval[1])}"
