@@ -152,8 +152,16 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """All FFNs of a model that can be split into experts.
 
     Raises:
-        ModelError: there is none; says what was looked for and what came closest.
+        ModelError: there is none; says what was looked for and what came closest. Or the model
+            carries adapters, wherever they are.
     """
+    for name, module in model.named_modules():
+        if _base(module) is not module or type(module).__name__.startswith("PeftModel"):
+            raise ModelError(
+                f"{name or 'the model'} is a {type(module).__name__}: the model carries adapters. "
+                "Convert the model before adding adapters, so that they are made for the "
+                "converted one; moduli.save and moduli.merge fit them to the original base again"
+            )
     found, rejected = survey(model)
     if not found:
         looked = "; ".join(f"{f.name}: {', '.join(_parts(f))}" for f in FAMILIES)

@@ -36,10 +36,13 @@ def merge(model: nn.Module) -> MergeReport:
         What was merged and whether anything had to be averaged.
 
     Raises:
-        ModelError: the model has no routed layers.
+        ModelError: the model has no routed layers, or adapters that cannot be moved; it is left
+            as it was.
     """
     layers = require_modular(model)
     host, layout = recorded_layout(model)
+    for layer_layout in layout.layers:
+        neuron_tensors(_layer_named(layers, layer_layout.name).ffn)  # raises before any change
     averaged = []
     for layer_layout in layout.layers:
         layer = _layer_named(layers, layer_layout.name)
