@@ -18,10 +18,11 @@ from moduli.surgery.locate import FFN
 from moduli.surgery.projection import bias_of, is_stock, rows
 from moduli.surgery.seam import RoutedActivation
 
-# Where the loop over experts beats masking on CPU: experts of some width, few of them chosen,
-# and enough tokens to amortise the sort. Measured by benchmarks/paths.py.
-MIN_NEURONS = 64
-MAX_SHARE = 0.5
+# Where the loop over experts beats masking on CPU, read off benchmarks/paths.py. Moving a token
+# to and from an expert costs about as much as computing ROW_OVERHEAD neurons for it; the estimate
+# must be well below the dense cost to be worth it, and there must be tokens to sort.
+ROW_OVERHEAD = 64
+MAX_COST = 0.75
 MIN_TOKENS = 256
 
 
@@ -112,8 +113,15 @@ def obstacle(layer: RoutedActivation) -> str | None:
 
 def pays_off(layer: RoutedActivation) -> bool:
     """Whether experts are wide enough, and few enough of them chosen, to be worth the sort."""
-    share = layer.router.rule.top_k / layer.num_experts
-    return min(layer.sizes) >= MIN_NEURONS and share <= MAX_SHARE
+    share = chosen_share(layer)
+    return share * (1 + ROW_OVERHEAD / min(layer.sizes)) < MAX_COST
+
+
+def chosen_share(layer: RoutedActivation) -> float:
+    """Experts that a token uses, as a share of all."""
+    rule = layer.router.rule
+    used = layer.num_experts - rule.top_k if rule.choose == "not_top" else rule.top_k
+    return used / layer.num_experts
 
 
 def path_of(layer: RoutedActivation) -> str:

@@ -126,8 +126,25 @@ class Rejected:
 
 def _base(module: nn.Module) -> nn.Module:
     """The stock layer inside a tuner's wrapper (PEFT calls it `base_layer`)."""
+    copies = _full_copies(module)
+    if copies:
+        active = getattr(module, "active_adapters", ())
+        chosen = [copies[f"modules_to_save.{name}"] for name in active]
+        return chosen[0] if chosen else copies["original_module"]
     inner = getattr(module, "base_layer", None)
     return inner if isinstance(inner, nn.Module) else module
+
+
+def _full_copies(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers in PEFT's `modules_to_save` wrapper, by name within it; empty for others."""
+    if type(module).__name__ != "ModulesToSaveWrapper":
+        return {}
+    names = ("original_module", "modules_to_save")
+    return {
+        name: inner
+        for name, inner in module.named_modules()
+        if name.split(".")[0] in names and is_stock(inner)
+    }
 
 
 def survey(model: nn.Module) -> tuple[list[FFN], list[Rejected]]:
@@ -230,7 +247,7 @@ def neuron_tensors(ffn: FFN) -> list[tuple[str, Tensor, int]]:
 
     Besides weights and biases of the projections these are the factors of LoRA adapters on them:
     the output side of an adapter on a projection into the neurons, the input side of one out of
-    them, and the magnitude vector of DoRA.
+    them, and the magnitude vector of DoRA; and the full copies that PEFT's `modules_to_save` makes.
 
     Raises:
         ModelError: an adapter whose coordinates are not known sits on a projection.
@@ -239,13 +256,15 @@ def neuron_tensors(ffn: FFN) -> list[tuple[str, Tensor, int]]:
     for path, layer in ffn.projections.items():
         outward = path == ffn.family.last
         base = _base(layer)
-        dim = in_dim(base) if outward else out_dim(base)
-        prefix = path if base is layer else f"{path}.base_layer"
-        found.append((f"{prefix}.weight", weight_of(base), dim))
-        bias = getattr(base, "bias", None)
-        if isinstance(bias, Tensor) and not outward:
-            found.append((f"{prefix}.bias", bias, 0))
-        if base is not layer:
+        plain = {"": layer} if base is layer else {"base_layer": base}
+        for name, module in (_full_copies(layer) or plain).items():
+            prefix = f"{path}.{name}." if name else f"{path}."
+            dim = in_dim(module) if outward else out_dim(module)
+            found.append((f"{prefix}weight", weight_of(module), dim))
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor) and not outward:
+                found.append((f"{prefix}bias", bias, 0))
+        if hasattr(layer, "base_layer"):
             found += [(f"{path}.{n}", t, d) for n, t, d in _adapter_tensors(layer, outward)]
     return found
 

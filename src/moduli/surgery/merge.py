@@ -78,7 +78,12 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     layers = require_modular(model)
     _, layout = recorded_layout(model)
     state = dict(model.state_dict())
-    ours = {id(t) for layer in layers.values() for t in layer.state_dict(keep_vars=True).values()}
+    ours = {
+        id(tensor)
+        for layer in layers.values()
+        for name, tensor in layer.state_dict(keep_vars=True).items()
+        if "modules_to_save." not in name  # a trained router is a part of the adapter, says PEFT
+    }
     kept = model.state_dict(keep_vars=True)
     state = {name: tensor for name, tensor in state.items() if id(kept[name]) not in ours}
     names = {id(module): name for name, module in model.named_modules()}

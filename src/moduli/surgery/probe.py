@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moduli.surgery.fast import path_of
+from moduli.surgery.fast import chosen_share, path_of
 from moduli.surgery.partition.quality import split_quality
 from moduli.surgery.projection import bias_of
 from moduli.surgery.report import LayerReport
@@ -129,9 +129,7 @@ def layer_report(layer: RoutedActivation, error: float | None) -> LayerReport:
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     matrices = 3 if ffn.gated else 2
     dense_cost = matrices * ffn.hidden * ffn.width
-    chosen = layer.router.rule.top_k / len(sizes)
-    if layer.router.rule.choose == "not_top":
-        chosen = 1 - chosen
+    chosen = chosen_share(layer)
     gate = ffn.hidden * len(sizes)
     gate += sum(p.numel() for p in layer.router.parameters()) if layer.router.learned else 0
     return LayerReport(
