@@ -50,7 +50,7 @@ def apply(
     for ffn in chosen:
         if progress is not None:
             progress(f"{ffn.name}: {config.split} split of {ffn.width} neurons")
-        labels.append(make_labels(config, ffn))
+        labels.append(make_labels(config, ffn, progress))
     routed = split_ffns(
         model, chosen, labels, split_of(config, chosen[0].gated), config.name, config.to_dict()
     )
@@ -100,14 +100,23 @@ def check(config: EMoE, ffn: FFN) -> None:
         )
 
 
-def make_labels(config: EMoE, ffn: FFN) -> Int[Tensor, " F"]:
+def make_labels(config: EMoE, ffn: FFN, progress: Progress | None = None) -> Int[Tensor, " F"]:
     """Expert of every neuron, as `config.split` says."""
     if config.split == "contiguous":
         return contiguous_labels(ffn.width, config.num_experts)
     if config.split == "random":
         return random_labels(ffn.width, config.num_experts, config.seed + ffn.index)
+
+    def report(done: int, swaps: int, share: float) -> None:
+        if progress is not None:
+            progress(f"{ffn.name}: pass {done}, {swaps} swaps, {share:.1%} explained")
+
     return balanced_clusters(
-        ffn.keys(), config.num_experts, seed=config.seed, time_limit=config.cluster_seconds
+        ffn.keys(),
+        config.num_experts,
+        seed=config.seed,
+        time_limit=config.cluster_seconds,
+        progress=report,
     )
 
 

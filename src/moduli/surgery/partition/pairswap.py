@@ -44,7 +44,7 @@ def balanced_clusters(
     num_experts: int,
     *,
     seed: int = 0,
-    starts: int = 4,
+    starts: int | None = None,
     max_passes: int = 100,
     time_limit: float | None = None,
     memory_limit: int = 2 << 30,
@@ -59,7 +59,8 @@ def balanced_clusters(
         keys: one row per neuron; scaled to unit length here.
         num_experts: E.
         seed: of the shuffled start.
-        starts: searches from seeds seed, seed + 1, ...; the best is kept.
+        starts: searches from seeds seed, seed + 1, ...; the best is kept. None: 4, or 1 for more
+            than 4096 neurons.
         max_passes: over all neurons, per start.
         time_limit: seconds for everything; the best partition so far is returned, which is
             balanced at any moment.
@@ -82,6 +83,7 @@ def balanced_clusters(
     fits = u.itemsize * width * width <= memory_limit
     gram: Array | None = np.matmul(u, u.T) if fits else None
     best: tuple[float, Array] | None = None
+    starts = starts or (4 if width <= 4096 else 1)
     for start in range(1 if initial is not None else starts):
         labels = _start(width, num_experts, seed + start, initial)
         gain = _search(u, gram, labels, num_experts, max_passes, deadline, progress)
