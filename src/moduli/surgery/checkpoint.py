@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import CheckpointError, ModelError
+from moduli.surgery.alignment import align_file, align_parameters
 from moduli.surgery.convert import layout_of, recorded_layout, set_layout
 from moduli.surgery.files import MARKER, check_readable, new_directory, sha256, weight_files
 from moduli.surgery.layout import Layout
@@ -200,6 +201,8 @@ def _save_ordinary(model: Any, folder: Path, modular: bool) -> None:
     state = dense_state(model) if modular else None
     with _plain_config(model, modular):
         model.save_pretrained(folder, state_dict=state)
+    for path in folder.glob("*.safetensors"):
+        align_file(path)
 
 
 @contextmanager
@@ -276,10 +279,7 @@ def _load_dense(folder: Path) -> Any:
         model = architecture.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not load: {error}") from error
-    for tensor in model.parameters():
-        # Weights are mapped from the file at odd offsets, and matrix kernels may round
-        # differently there; in memory of their own, outputs repeat bit for bit.
-        tensor.data = tensor.data.clone()
+    align_parameters(model)
     return model
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moduli.errors import ConfigError, ModelError
 from moduli.routing import Router
+from moduli.surgery.alignment import align_parameters
 from moduli.surgery.fast import FastFFN
 from moduli.surgery.layout import LayerLayout, Layout
 from moduli.surgery.locate import FFN, neuron_tensors
@@ -92,6 +93,7 @@ def split_ffns(
         config: settings for the record; JSON-able.
         permuted: the weights are in expert order already (a checkpoint of a modular model).
     """
+    align_parameters(model)
     layers = [LayerLayout(f.name, one.cpu().long()) for f, one in zip(ffns, labels, strict=True)]
     shared = Pass()
     routed = []
