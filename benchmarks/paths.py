@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import moduli
-from moduli.surgery.seam import routed_layers
+from moduli.surgery.modular import routed_layers
 
 
 def build(hidden: int, experts: int, top_k: int, path: str) -> torch.nn.Module:

@@ -33,7 +33,7 @@ def imports_of(path: Path) -> set[str]:
             found |= set(names)
         elif isinstance(node, ast.Import):
             parts = [a.name.split(".") for a in node.names]
-            found |= {(p + [""])[1] for p in parts if p[0] == "moduli"}
+            found |= {[*p, ""][1] for p in parts if p[0] == "moduli"}
     return found
 
 

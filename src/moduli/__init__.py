@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from moduli.surgery.checkpoint import save
     from moduli.surgery.convert import set_top_k
     from moduli.surgery.merge import merge
-    from moduli.surgery.seam import dense, is_modular
+    from moduli.surgery.modular import dense, is_modular
     from moduli.training.auxiliary import auxiliary_loss
 
 _VERBS = {
     "auxiliary_loss": "moduli.training.auxiliary",
     "convert": "moduli.methods.api",
-    "dense": "moduli.surgery.seam",
-    "is_modular": "moduli.surgery.seam",
+    "dense": "moduli.surgery.modular",
+    "is_modular": "moduli.surgery.modular",
     "load": "moduli.methods.api",
     "merge": "moduli.surgery.merge",
     "save": "moduli.surgery.checkpoint",

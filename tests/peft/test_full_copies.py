@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import moduli
-from moduli.surgery.seam import routed_layers
+from moduli.surgery.modular import routed_layers
 from tests import tiny
 from tests.peft.test_lora import adapted, logits, train
 from tests.training.test_auxiliary import assert_same, term_by_hand

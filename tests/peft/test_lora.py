@@ -11,7 +11,7 @@ from transformers import Trainer
 
 import moduli
 from moduli.errors import CheckpointError, ModelError
-from moduli.surgery.seam import routed_layers
+from moduli.surgery.modular import routed_layers
 from tests import tiny
 from tests.training.ddp_worker import arguments
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import moduli
 from moduli.errors import CheckpointError, ModelError
-from moduli.surgery.seam import routed_layers
+from moduli.surgery.modular import routed_layers
 from tests.surgery.test_roundtrip import VARIANTS, emoe, inputs, make
 from tests.tiny import MODELS
 

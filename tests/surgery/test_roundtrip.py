@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import moduli
-from moduli.surgery.seam import routed_layers
+from moduli.surgery.modular import routed_layers
 from tests.tiny import MODELS, NEURONS, batch, build, rows
 
 FAMILIES = list(MODELS)

@@ -15,7 +15,7 @@ from transformers import Trainer
 import moduli
 from moduli.errors import ModelError
 from moduli.losses.balance import load_importance_loss
-from moduli.surgery.seam import routed_layers
+from moduli.surgery.modular import routed_layers
 from tests import tiny
 from tests.training.ddp_worker import Gradients, InOrder, arguments
 

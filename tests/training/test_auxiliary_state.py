@@ -10,7 +10,7 @@ import torch
 
 import moduli
 from moduli.errors import ModelError
-from moduli.surgery.seam import routed_layers
+from moduli.surgery.modular import routed_layers
 from tests import tiny
 from tests.training.ddp_worker import InOrder, arguments
 

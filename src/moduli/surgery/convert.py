@@ -22,15 +22,9 @@ from moduli.surgery.alignment import align_parameters
 from moduli.surgery.fast import FastFFN
 from moduli.surgery.layout import LayerLayout, Layout
 from moduli.surgery.locate import FFN, neuron_tensors
+from moduli.surgery.modular import PassHook, is_modular, require_modular
 from moduli.surgery.projection import bias_of
-from moduli.surgery.seam import (
-    Pass,
-    PassHook,
-    RoutedActivation,
-    SeamOptions,
-    is_modular,
-    require_modular,
-)
+from moduli.surgery.seam import Pass, RoutedActivation, SeamOptions
 
 BuildRouter = Callable[[FFN, tuple[int, ...]], Router]
 

@@ -20,9 +20,10 @@ from moduli.surgery.convert import (
     uninstall,
 )
 from moduli.surgery.locate import neuron_tensors
+from moduli.surgery.modular import ModelHook, require_modular
 from moduli.surgery.projection import bias_of
 from moduli.surgery.report import MergeReport
-from moduli.surgery.seam import ModelHook, RoutedActivation, require_modular
+from moduli.surgery.seam import RoutedActivation
 
 
 @torch.no_grad()

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moduli.surgery.fast import chosen_share, path_of
+from moduli.surgery.modular import dense, require_modular
 from moduli.surgery.partition.quality import split_quality
 from moduli.surgery.projection import bias_of
 from moduli.surgery.report import LayerReport
-from moduli.surgery.seam import RoutedActivation, dense, require_modular
+from moduli.surgery.seam import RoutedActivation
 
 
 @torch.no_grad()

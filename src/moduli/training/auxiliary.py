@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
-from moduli.surgery.seam import ModelHook, RoutedActivation, routed_layers
+from moduli.surgery.modular import ModelHook, routed_layers
+from moduli.surgery.seam import RoutedActivation
 
 _MARK = "_moduli_adds_auxiliary_loss"
 
