@@ -239,3 +239,18 @@ except moduli.ModuliError as error:
     )
     assert done.returncode == 7, done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_another_permutation_are_noticed(tmp_path: Path) -> None:
+    from moduli.surgery.convert import require_same_layout
+
+    model = make("bert")
+    moduli.convert(model, emoe())
+    model.save_pretrained(tmp_path / "checkpoint")
+    require_same_layout(model, tmp_path / "checkpoint")
+    moduli.merge(model)
+    with pytest.raises(CheckpointError, match="another order"):
+        require_same_layout(model, tmp_path / "checkpoint")
+    moduli.convert(model, emoe(split="random", seed=5))
+    with pytest.raises(CheckpointError, match="another order"):
+        require_same_layout(model, tmp_path / "checkpoint")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from moduli.errors import ConfigError, ModelError
+from moduli.errors import CheckpointError, ConfigError, ModelError
 from moduli.routing import Router
 from moduli.surgery.alignment import align_parameters
 from moduli.surgery.fast import FastFFN
@@ -158,6 +160,35 @@ def layout_of(model: nn.Module) -> Layout | None:
     """The layout that the model's config records, if any."""
     data = getattr(getattr(model, "config", None), "moduli", None)
     return None if data is None else Layout.from_dict(data)
+
+
+def require_same_layout(model: nn.Module, checkpoint: Path) -> None:
+    """Raise unless the weights in `checkpoint` are in the neuron order of `model`.
+
+    Loading weights of another permutation into a model would mix up its neurons without any
+    error, since all shapes agree.
+
+    Args:
+        model: modular or dense.
+        checkpoint: a directory written by bare `save_pretrained`, such as a Trainer's.
+
+    Raises:
+        CheckpointError: the two orders differ.
+    """
+    mine = layout_of(model)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("moduli")
+    theirs = None if stored is None else Layout.from_dict(stored)
+    if _orders(mine) != _orders(theirs):
+        raise CheckpointError(
+            f"{checkpoint} has its neurons in another order than the model (another method, seed "
+            "or clustering); training cannot go on from it. moduli.load(directory) reads it as it "
+            "is"
+        )
+
+
+def _orders(layout: Layout | None) -> dict[str, list[int]]:
+    return {} if layout is None else {x.name: x.labels.tolist() for x in layout.layers}
 
 
 def set_layout(model: nn.Module, layout: Layout | None) -> None:
