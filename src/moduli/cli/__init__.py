@@ -79,6 +79,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     run = import_module(f"moduli.cli.{command}").main
     status: int = run(rest)
+    sys.stdout.flush()  # here a closed pipe is handled, at exit it is not
     return status
 
 

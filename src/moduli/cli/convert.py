@@ -26,12 +26,13 @@ class Convert(Common):
     out: Path | None = None
     """Directory to write."""
     dry_run: bool = False
-    """Only list which FFNs would be converted, and why the others would not."""
+    """Write nothing; list which FFNs would be converted, and why the others would not."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args, method = parse_with_method("convert", Convert, argv)
+    import moduli
     from moduli.cli.output import Output, table
     from moduli.errors import ConfigError
     from moduli.study.tuned import load_any, survey_layers
@@ -43,9 +44,11 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError("Say where to write with --out DIR, or only look with --dry-run.")
         check_target(args.out)
     model, tokenizer = load_any(args.model)
+    blocks = survey_layers(model, method) if args.dry_run else []
+    report = moduli.convert(model, method, progress=output.note)
+    result = {"model": args.model, "report": None if report is None else report.to_dict()}
     if args.dry_run:
-        layers = survey_layers(model, method)
-        output.data({"model": args.model, "method": type(method).name, "blocks": layers})
+        output.data(result | {"blocks": blocks})
         rows = [
             (
                 block["name"],
@@ -53,22 +56,15 @@ def main(argv: Sequence[str]) -> int:
                 str(block["family"] or ""),
                 "convert" if block["converted"] else f"leave: {block['reason']}",
             )
-            for block in layers
+            for block in blocks
         ]
-        output.text(table(("block", "neurons", "family", "what would happen"), rows, text=4))
+        output.text(table(("block", "neurons", "family", "what would happen"), rows, text=4), "")
+        output.text(str(report or f"{method.name} converts nothing"))
         return 0
-    import moduli
-
     assert args.out is not None
-    report = moduli.convert(model, method, progress=output.note)
     saved = moduli.save(model, args.out, tokenizer)
     output.data(
-        {
-            "directory": str(args.out),
-            "report": None if report is None else report.to_dict(),
-            "gap": saved.gap,
-            "measured_on": saved.measured_on,
-        }
+        result | {"directory": str(args.out), "gap": saved.gap, "measured_on": saved.measured_on}
     )
     if report is not None:
         output.text(str(report))

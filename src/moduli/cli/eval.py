@@ -18,13 +18,13 @@ class Eval(Data):
 
     examples:
       moduli eval --model runs/mine --data sentiment
-      moduli eval --model runs/mine --data csv:other.csv --dense
+      moduli eval --model runs/mine --data csv:elsewhere.csv --split all --dense
     """
 
     model: str
     """Directory of the model, or a Hugging Face name."""
-    split: Literal["train", "validation", "test"] = "test"
-    """Which part of each domain."""
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """Which part of each domain; "all" rows for data that took no part in training."""
     dense: bool = False
     """Evaluate the ordinary part, with plain transformers."""
     max_length: int | None = None

@@ -74,6 +74,10 @@ class StudyProgress:
         elif event.stage == "started":
             self._now(name, "loading", 0.0, last=False)
 
+    def say(self, line: str) -> None:
+        """A step that belongs to no run."""
+        self._now(line, "", 1.0, last=True)
+
     def title(self, spec: RunSpec) -> str:
         """What a run is called."""
         return f"{spec.method.name}, seed {spec.seed}"
@@ -83,7 +87,7 @@ class StudyProgress:
             self.bars.update(self.task, description=name, now=now, completed=share)
         elif last or time.monotonic() - self.said > PIPE_SECONDS:
             self.said = time.monotonic()
-            self.console.print(f"{name}: {now}", soft_wrap=True)
+            self.console.print(f"{name}: {now}" if now else name, soft_wrap=True)
 
 
 def _outcome(event: RunEvent) -> str:

@@ -15,11 +15,7 @@ from moduli.training.settings import FinetuneSettings
 
 Args = TypeVar("Args")
 
-CONFIG = (
-    tyro.conf.OmitSubcommandPrefixes,
-    tyro.conf.FlagCreatePairsOff,
-    tyro.conf.CascadeSubcommandArgs,
-)
+CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +33,39 @@ class Data(Common):
     data: str
     """The task: "sentiment", csv:PATH, jsonl:PATH, parquet:PATH, or a name that
     datasets.load_dataset knows."""
-    reading: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+    domains: tuple[str, ...] = ()
+    """Keep these domains only, in this order."""
+    max_train: int | None = None
+    """At most so many rows per domain to train on."""
+    max_validation: int | None = None
+    """At most so many rows per domain to choose a model by."""
+    max_test: int | None = None
+    """At most so many rows per domain to test on."""
+    text_column: str = "text"
+    """Own files: the column with the text."""
+    text_pair_column: str | None = None
+    """Own files: the column with a second text, for tasks on pairs."""
+    label_column: str = "label"
+    """Own files: the column with the class."""
+    domain_column: str | None = None
+    """Own files: the column that says which domain a row is from."""
+    group_column: str | None = None
+    """Own files: the column that says which document a row is from; none crosses splits."""
+    validation_size: float = 0.1
+    """Own files: share of rows to choose a model by."""
+    test_size: float = 0.2
+    """Own files: share of rows to test on."""
+    split_seed: int = 1234
+    """Seed of the split."""
+    drop_empty: bool = False
+    """Leave out rows without text or label instead of refusing the data."""
 
     def data_options(self) -> dict[str, Any]:
         """The options that were changed, for `load_task` and a run's spec."""
+        given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(DataOptions)}
+        given |= {"domains": self.domains or None, "seed": self.split_seed}
         default = DataOptions()
-        return {
-            f.name: getattr(self.reading, f.name)
-            for f in dataclasses.fields(DataOptions)
-            if getattr(self.reading, f.name) != getattr(default, f.name)
-        }
+        return {name: v for name, v in given.items() if v != getattr(default, name)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let `main` treat it; rich would exit with status 1."""
+        raise BrokenPipeError
+
+
 class Output:
     """Two consoles and the choice between text and JSON.
 
@@ -22,8 +28,8 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         # Text is ours and may hold square brackets, so markup is off; numbers are not coloured.
-        self.console = Console(file=sys.stdout, highlight=False, markup=False)
-        self.log = Console(file=sys.stderr, highlight=False, markup=False)
+        self.console = _Console(file=sys.stdout, highlight=False, markup=False)
+        self.log = _Console(file=sys.stderr, highlight=False, markup=False)
 
     def note(self, line: str) -> None:
         """A line about what is going on."""

@@ -30,6 +30,13 @@ def score_table(scores: Mapping[str, Mapping[str, Any]], train_domain: str | Non
     return table(("domain", "accuracy", "balanced", "macro-F1", "loss", "n"), rows)
 
 
+def accuracy_table(rows: Mapping[str, Mapping[str, float]]) -> RichTable:
+    """Accuracy in percent: one row per model, one column per domain."""
+    domains = list(next(iter(rows.values())))
+    body = [(name, *(percent(found[domain]) for domain in domains)) for name, found in rows.items()]
+    return table(("accuracy in %", *domains), body)
+
+
 def mean_table(result: Table) -> RichTable:
     """Mean and standard deviation in every column, in percent."""
     rows = []

@@ -19,16 +19,19 @@ from typing import Any
 import torch
 
 from moduli.data.task import Task
-from moduli.errors import CheckpointError
-from moduli.study import plain
+from moduli.errors import CheckpointError, ConfigError
 from moduli.study.records import RunRecord, write_json
+from moduli.training import plain
+from moduli.training.batches import texts_of
+from moduli.training.finetune import labels_of, predict
+from moduli.training.metrics import score
 
 PROOF = "handback.json"
 
 
 @dataclass(frozen=True)
 class HandBack:
-    """What was handed back, and what the proof found. Accuracies are over all test texts."""
+    """What was handed back, and what the proof found."""
 
     directory: str
     run: str
@@ -37,9 +40,11 @@ class HandBack:
     identical: bool
     """Whether plain transformers computed the merged model's logits bit for bit."""
     changed: int
-    """Predictions that differ between the routed and the merged model."""
+    """Test predictions that merging changed, against the routed model."""
     routed_accuracy: Mapping[str, float]
+    """By domain, from the run's record."""
     merged_accuracy: Mapping[str, float]
+    """By domain, of the logits that the new process computed."""
 
 
 def hand_back(
@@ -63,6 +68,7 @@ def hand_back(
 
     Raises:
         CheckpointError: `target` is not ours, or the new process failed.
+        ConfigError: the run's method has nothing to merge.
     """
     from transformers import AutoTokenizer
 
@@ -71,53 +77,56 @@ def hand_back(
     proof = target.parent / PROOF
     if (known := _read_proof(proof, record, target)) is not None:
         return known
+    if record.changed is None:
+        raise ConfigError(f"{record.spec.method.name} has nothing to merge and to compare with.")
     tell = on_event or (lambda line: None)
     length = record.spec.settings.max_length
     tests = {name: s.test for name, s in task.domains.items() if s.test is not None}
-    texts = [str(text) for rows in tests.values() for text in rows["text"]]
 
+    tell("merging, writing the ordinary checkpoint")
     model = moduli.load(run_directory)
     tokenizer = AutoTokenizer.from_pretrained(run_directory)
-    tell("routed model on all test texts")
-    routed = plain.plain_logits(model, tokenizer, texts, length)
-    tell("merge, write the ordinary checkpoint")
     moduli.merge(model)
     moduli.save(model, target, tokenizer)
-    tell("merged model on all test texts")
-    merged = plain.plain_logits(model, tokenizer, texts, length)
-    tell("the checkpoint in a new process, with plain transformers and without moduli")
-    again = _in_new_process(target, texts, length, str(model.device))
+    tell("the merged model on all test texts")
+    merged = {
+        name: predict(model, tokenizer, rows, max_length=length) for name, rows in tests.items()
+    }
+    tell("the checkpoint on all test texts, in a new process without moduli")
+    again = _in_new_process(target, tests, length, str(model.device))
 
-    routed_accuracy: dict[str, float] = {}
-    merged_accuracy: dict[str, float] = {}
-    start = 0
-    for name, rows in tests.items():
-        labels = torch.tensor(rows["label"])
-        part = slice(start, start := start + len(labels))
-        for logits, accuracy in ((routed, routed_accuracy), (merged, merged_accuracy)):
-            accuracy[name] = float((logits[part].argmax(-1) == labels).double().mean())
     result = HandBack(
         directory=str(target),
         run=record.spec.key,
-        texts=len(texts),
-        identical=again.numpy().tobytes() == merged.numpy().tobytes(),
-        changed=int((routed.argmax(-1) != merged.argmax(-1)).sum()),
-        routed_accuracy=routed_accuracy,
-        merged_accuracy=merged_accuracy,
+        texts=sum(len(rows) for rows in tests.values()),
+        identical=all(
+            again[name].numpy().tobytes() == merged[name].numpy().tobytes() for name in tests
+        ),
+        changed=sum(record.changed.values()),
+        routed_accuracy={name: float(record.scores[name]["accuracy"]) for name in tests},
+        merged_accuracy={
+            name: score(again[name], labels_of(rows)).accuracy for name, rows in tests.items()
+        },
     )
     write_json(proof, asdict(result))
     return result
 
 
-def _in_new_process(model: Path, texts: list[str], max_length: int, device: str) -> torch.Tensor:
+def _in_new_process(
+    model: Path, tests: Mapping[str, Any], max_length: int, device: str
+) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
+    given = {}
+    for name, rows in tests.items():
+        texts, pairs = texts_of(rows)
+        given[name] = {"texts": texts, "pairs": pairs}
     with tempfile.TemporaryDirectory(prefix="moduli-") as scratch:
         job = Path(scratch) / "job.json"
         out = Path(scratch) / "logits.safetensors"
         data: dict[str, Any] = {
             "model": str(model.resolve()),
-            "texts": texts,
+            "tests": given,
             "max_length": max_length,
             "threads": torch.get_num_threads(),
             "device": device,
@@ -135,7 +144,7 @@ def _in_new_process(model: Path, texts: list[str], max_length: int, device: str)
             raise CheckpointError(
                 f"{model} did not load with plain transformers in a new process: {last[0]}"
             )
-        return load_file(out)["logits"]
+        return dict(load_file(out))
 
 
 def _read_proof(proof: Path, record: RunRecord, target: Path) -> HandBack | None:

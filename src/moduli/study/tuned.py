@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moduli.data.task import Task
+from moduli.data.task import Splits, Task
 from moduli.errors import CheckpointError, ConfigError, DataError, nearest
 from moduli.study.records import RECORD, read_record
 from moduli.training.metrics import Scores
@@ -78,7 +78,7 @@ def evaluate_task(
     max_length: int,
     on_domain: Callable[[str], None] | None = None,
 ) -> dict[str, Scores]:
-    """Scores by domain.
+    """Scores by domain, on one split or on "all" rows (for data that took no part in training).
 
     Classes are matched by name, so the data may number them differently than the model.
 
@@ -91,12 +91,12 @@ def evaluate_task(
     from moduli.training.finetune import labels_of, predict
     from moduli.training.metrics import score
 
-    if split not in ("train", "validation", "test"):
-        raise ConfigError(f"There is no split {split!r}; it is train, validation or test.")
+    if split not in ("train", "validation", "test", "all"):
+        raise ConfigError(f"There is no split {split!r}; it is train, validation, test or all.")
     index = torch.tensor(class_indices(model, task))
     found: dict[str, Scores] = {}
     for name, splits in task.domains.items():
-        rows = getattr(splits, split)
+        rows = _all_rows(splits) if split == "all" else getattr(splits, split)
         if rows is None:
             continue
         if on_domain is not None:
@@ -106,6 +106,13 @@ def evaluate_task(
     if not found:
         raise DataError(f"No domain of {task.name!r} has a {split} split.")
     return found
+
+
+def _all_rows(splits: Splits) -> Any:
+    from datasets import concatenate_datasets
+
+    parts = (splits.train, splits.validation, splits.test)
+    return concatenate_datasets([part for part in parts if part is not None])
 
 
 def class_indices(model: Any, task: Task) -> list[int]:

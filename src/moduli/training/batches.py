@@ -5,7 +5,7 @@ B batch, S sequence
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,17 +17,14 @@ from torch.utils.data import Sampler
 SORTED_RUN = 8
 
 
-def encode(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int) -> dict[str, Any]:
-    """Token ids and masks of "text" (and "text_pair", where a row has one), not padded."""
-    pairs = [row.get("text_pair") for row in rows]
-    return dict(
-        tokenizer(
-            [row["text"] for row in rows],
-            pairs if any(pair is not None for pair in pairs) else None,
-            truncation=True,
-            max_length=max_length,
-        )
-    )
+def texts_of(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[str] | None]:
+    """The texts of rows, and their second texts if the rows have them."""
+    texts: list[str] = []
+    pairs: list[Any] = []
+    for row in rows:
+        texts.append(row["text"])
+        pairs.append(row.get("text_pair"))
+    return texts, (pairs if any(pair is not None for pair in pairs) else None)
 
 
 def use_padding(model: nn.Module, tokenizer: Any) -> None:
@@ -51,8 +48,17 @@ class Collate:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Input ids and mask `[B, S]` (S = the longest of the batch) and labels `[B]`."""
-        encoded = encode(self.tokenizer, rows, self.max_length)
-        batch: dict[str, Tensor] = dict(self.tokenizer.pad(encoded, return_tensors="pt"))
+        texts, pairs = texts_of(rows)
+        batch: dict[str, Tensor] = dict(
+            self.tokenizer(
+                texts,
+                pairs,
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+        )
         batch["labels"] = torch.tensor([int(row["label"]) for row in rows])
         return batch
 

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import ConfigError, DataError, TrainingError
-from moduli.training.batches import Collate, ShuffledByLength, encode, use_padding
+from moduli.training.batches import Collate, ShuffledByLength, texts_of, use_padding
 from moduli.training.metrics import Scores, score
+from moduli.training.plain import BATCH_SIZE, plain_logits
 from moduli.training.settings import FinetuneSettings
-
-PREDICT_BATCH_SIZE = 64
 
 
 class Interrupted(KeyboardInterrupt):
@@ -136,12 +135,12 @@ def predict(
     rows: Any,
     *,
     max_length: int = 64,
-    batch_size: int = PREDICT_BATCH_SIZE,
+    batch_size: int = BATCH_SIZE,
 ) -> Tensor:
     """Logits `[N, C]` (float32, on the CPU) of `rows`, in their order.
 
-    Rows are batched by length, so little is padding; the batches depend on the rows alone, so that
-    equal weights give equal bits.
+    Rows are batched by length, so that little is padding; the batches depend on the rows alone, so
+    that equal weights give equal bits.
 
     Raises:
         DataError: no rows.
@@ -149,26 +148,9 @@ def predict(
     if len(rows) == 0:
         raise DataError("There are no texts to predict; give at least one.")
     use_padding(model, tokenizer)
-    device = next(model.parameters()).device
-    encoded = encode(tokenizer, list(rows), max_length)
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    training = model.training
-    model.eval()
-    parts = []
-    try:
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = tokenizer.pad(
-                    {key: [values[i] for i in chosen] for key, values in encoded.items()},
-                    return_tensors="pt",
-                )
-                parts.append(model(**batch.to(device)).logits.float().cpu())
-    finally:
-        model.train(training)
-    logits = torch.cat(parts)
-    return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+    texts, pairs = texts_of(rows)
+    logits: Tensor = plain_logits(model, tokenizer, texts, pairs, max_length, batch_size)
+    return logits
 
 
 def evaluate(
@@ -177,7 +159,7 @@ def evaluate(
     rows: Any,
     *,
     max_length: int = 64,
-    batch_size: int = PREDICT_BATCH_SIZE,
+    batch_size: int = BATCH_SIZE,
 ) -> Scores:
     """Scores of the model on rows with "text" and "label"; see `predict` and `metrics.score`."""
     logits = predict(model, tokenizer, rows, max_length=max_length, batch_size=batch_size)

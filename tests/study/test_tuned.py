@@ -1,0 +1,63 @@
+"""A model directory is scored by the names of its classes, on the rows that were asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from moduli.data.task import Splits, Task
+from moduli.errors import ConfigError, DataError
+from moduli.study.compare import Study
+from moduli.study.tuned import evaluate_task, load_tuned, read_texts, trained_length
+
+
+def test_classes_are_matched_by_name_and_not_by_number(
+    study: Study, task: Task, root: Path
+) -> None:
+    record = study.records[1]
+    model, tokenizer = load_tuned(str(root / record.spec.key))
+    length = trained_length(str(root / record.spec.key))
+    assert length == 16
+    given = evaluate_task(model, tokenizer, task, max_length=length)
+    assert {name: s.to_dict() for name, s in given.items()} == record.scores
+
+    def renumber(splits: Splits) -> Splits:
+        flip = [
+            part.map(lambda row: {"label": 1 - row["label"]})  # type: ignore[union-attr]
+            for part in (splits.train, splits.validation, splits.test)
+        ]
+        return Splits(*flip)
+
+    other = dataclasses.replace(
+        task,
+        label_names=("good", "bad"),
+        domains={name: renumber(splits) for name, splits in task.domains.items()},
+    )
+    assert evaluate_task(model, tokenizer, other, max_length=length) == given
+    with pytest.raises(DataError, match="'fine'"):
+        evaluate_task(
+            model, tokenizer, dataclasses.replace(task, label_names=("bad", "fine")), max_length=16
+        )
+
+
+def test_splits_are_those_that_were_asked_for(study: Study, task: Task, root: Path) -> None:
+    model, tokenizer = load_tuned(str(root / study.records[1].spec.key), dense=True)
+    every = evaluate_task(model, tokenizer, task, split="all", max_length=16)
+    assert {score.n for score in every.values()} == {48}
+    with pytest.raises(ConfigError, match="'tests'"):
+        evaluate_task(model, tokenizer, task, split="tests", max_length=16)
+
+
+def test_texts_without_labels_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text('body,other\n"one, two",x\nthree,y\n')
+    assert read_texts(f"csv:{file}", "body") == ["one, two", "three"]
+    with pytest.raises(DataError, match="'body'"):
+        read_texts(f"csv:{file}", "bodi")
+    file.write_text("body,other\none,x\n,y\n")
+    with pytest.raises(DataError, match="row 2 has no text"):
+        read_texts(f"csv:{file}", "body")
+    with pytest.raises(DataError, match="csv:PATH"):
+        read_texts(str(file), "body")
