@@ -38,6 +38,7 @@ def test_switch_pushes_scores_of_crowded_experts_down() -> None:
 def test_cv_squared_uses_the_unbiased_variance() -> None:
     assert cv_squared(torch.tensor([1.0, 3.0])).item() == pytest.approx(2 / 4)
     assert cv_squared(torch.full((5,), 7.0)).item() == 0
+    assert cv_squared(torch.tensor([7.0])).item() == 0  # one expert
 
 
 @pytest.mark.parametrize("compare", ["scores", "probabilities"])

@@ -52,6 +52,9 @@ def test_a_gate_that_is_trained_beside_adapters(tmp_path: Path) -> None:
     assert len(gates) == tiny.LAYERS
     train(model, "bert", tmp_path / "run")
     assert all(not torch.equal(start[name], gate) for name, gate in gates.items())
+    two = logits(model, "bert")
+    moduli.set_top_k(model, 4)
+    assert not torch.equal(logits(model, "bert"), two)
     moduli.save(model, tmp_path / "saved")
     moduli.merge(model)
     fresh = PeftModel.from_pretrained(tiny.build("bert"), tmp_path / "saved")

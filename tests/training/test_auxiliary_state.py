@@ -75,3 +75,12 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert any("intermediate.dense.weight" in name for name in moved)
     assert any(name.endswith("router.gate") for name in moved) == (momentum is not None)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_forwards_before_one_backward() -> None:
+    model = tiny.build("bert")
+    moduli.convert(model, moduli.EMoE(**SETTINGS, aux="switch", gate_momentum=0.5))
+    inputs = tiny.batch(tiny.rows("bert"))
+    model.train()
+    (model(**inputs).loss + model(**inputs).loss).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 def cv_squared(v: Float[Tensor, " E"]) -> Float[Tensor, ""]:
     """Squared coefficient of variation over experts, with the unbiased variance."""
+    if v.numel() == 1:
+        return v.sum() * 0  # one expert is always balanced; its variance would be 0 / 0
     return v.var() / (v.mean() ** 2 + 1e-10)
 
 

@@ -136,7 +136,7 @@ class AvgKRouter(Router):
             gate = retie(
                 self.gate, keys, self.sizes, momentum=self.momentum, normalize=self.normalize
             )
-            self.gate.copy_(gate)
+            self.gate = gate  # not in place: an earlier forward may still need the old one
         self.stale = False
 
 

@@ -66,7 +66,7 @@ def route(scores: Float[Tensor, "T E"], rule: Rule, context: RouteContext) -> Ro
     if plain:
         weights = torch.ones(experts.shape, dtype=scores.dtype, device=scores.device)
     else:
-        weights = _weights(probs.gather(1, experts), rule.combine)
+        weights = _weights(noisy, probs, experts, rule.combine)
     active = None
     if rule.capacity_factor != 0:
         real = None if rule.route_padding else context.real
@@ -94,10 +94,18 @@ def _choose(scores: Float[Tensor, "T E"], rule: Rule) -> Int[Tensor, "T K"]:
     return scores.argsort(dim=-1, descending=True, stable=True)[:, rule.top_k :]
 
 
-def _weights(probs: Float[Tensor, "T K"], combine: Combine) -> Float[Tensor, "T K"]:
+def _weights(
+    scores: Float[Tensor, "T E"],
+    probs: Float[Tensor, "T E"],
+    experts: Int[Tensor, "T K"],
+    combine: Combine,
+) -> Float[Tensor, "T K"]:
     if combine == "straight_through":
-        # Value 1, gradient d log p: the layer starts at the dense function at k = E.
-        return probs / probs.detach()
+        # Value 1, gradient d log p: the layer starts at the dense function at k = E. From the
+        # logarithm, since a probability may be too small for a number.
+        log_probs = scores.log_softmax(dim=-1).gather(1, experts)
+        return 1 + (log_probs - log_probs.detach())
+    probs = probs.gather(1, experts)
     if probs.shape[1] == 1:
         return probs
     return probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(probs.dtype).eps)

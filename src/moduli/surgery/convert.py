@@ -238,7 +238,10 @@ def set_top_k(model: nn.Module, k: int) -> None:
                 f"choose 1 to {layer.num_experts}"
             )
     for layer in layers.values():
-        layer.router.rule = dataclasses.replace(layer.router.rule, top_k=k)
+        rule = dataclasses.replace(layer.router.rule, top_k=k)
+        for module in layer.router.modules():  # PEFT's modules_to_save wraps a trained router
+            if isinstance(module, Router):
+                module.rule = rule
     host, layout = recorded_layout(model)
     set_layout(host, dataclasses.replace(layout, top_k=k))
 
