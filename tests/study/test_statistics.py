@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from moduli.study.statistics import paired_difference, summarise
-from moduli.study.wording import claim
+from moduli.study.wording import claim, points
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -59,3 +59,8 @@ def test_summary_is_the_sample_mean_and_deviation() -> None:
     assert (summary.n, summary.mean) == (4, 2.5)
     assert summary.sd == pytest.approx((5 / 3) ** 0.5)
     assert summarise([1.0]).sd is None
+
+
+def test_a_small_difference_keeps_its_sign() -> None:
+    """An interval from -0.0002 covers zero, and "0.0 to" would not show it."""
+    assert [points(x) for x in (-0.0002, 0.0, 0.0002, 0.0123)] == ["−0.0", "0.0", "+0.0", "+1.2"]

@@ -50,9 +50,8 @@ def percent(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """A difference of two shares in points, with its sign: +0.4."""
-    text = f"{100 * value:+.1f}"
-    return ("0.0" if float(text) == 0 else text).replace("-", MINUS)
+    """A difference of two shares in points, with its sign: +0.4; only zero itself has none."""
+    return "0.0" if value == 0 else f"{100 * value:+.1f}".replace("-", MINUS)
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
