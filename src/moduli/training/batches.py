@@ -39,6 +39,23 @@ def use_padding(model: nn.Module, tokenizer: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
+def token_lengths(tokenizer: Any, rows: Iterable[dict[str, Any]], max_length: int) -> list[int]:
+    """Length of every row in tokens, as it will be in a batch."""
+    texts, pairs = texts_of(rows)
+    lengths: list[int] = []
+    for start in range(0, len(texts), 1000):
+        part = slice(start, start + 1000)
+        encoded = tokenizer(
+            texts[part],
+            None if pairs is None else pairs[part],
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+        )
+        lengths += [len(ids) for ids in encoded["input_ids"]]
+    return lengths
+
+
 class Collate:
     """Rows to one padded batch. The texts are tokenised here, so no tokenised copy is stored."""
 
@@ -71,7 +88,7 @@ class ShuffledByLength(Sampler[int]):
     (the Trainer's own length grouping draws from the global random state, and does not).
 
     Args:
-        lengths: length of each text; characters will do.
+        lengths: length of each text, in tokens.
         batch_size: B.
         seed: any integer.
     """

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import ConfigError, DataError, TrainingError
-from moduli.training.batches import Collate, ShuffledByLength, texts_of, use_padding
+from moduli.training.batches import Collate, ShuffledByLength, texts_of, token_lengths, use_padding
 from moduli.training.metrics import Scores, score
 from moduli.training.plain import BATCH_SIZE, plain_logits
 from moduli.training.settings import FinetuneSettings
@@ -239,7 +239,8 @@ def _trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    order = ShuffledByLength([len(row["text"]) for row in train], settings.batch_size, seed)
+    lengths = token_lengths(collate.tokenizer, train, settings.max_length)
+    order = ShuffledByLength(lengths, settings.batch_size, seed)
 
     class GroupedTrainer(Trainer):
         """The stock Trainer with our order of the data, by the method it offers for that."""

@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 
 
 def plain_logits(
