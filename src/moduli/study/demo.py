@@ -15,7 +15,7 @@ from moduli.study.run import Listener
 from moduli.study.spec import MethodSpec, Plan
 from moduli.training.settings import FinetuneSettings
 
-DATA = {"max_train": 1000, "max_test": 500}
+DATA = {"max_train": 1000, "max_test": 300}
 
 
 @dataclass(frozen=True)
