@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import ConfigError, DataError, TrainingError
+from moduli.surgery.convert import require_same_layout
 from moduli.training.batches import Collate, ShuffledByLength, texts_of, token_lengths, use_padding
 from moduli.training.metrics import Scores, score
 from moduli.training.plain import BATCH_SIZE, plain_logits
@@ -81,6 +82,7 @@ def finetune(
 
     Raises:
         DataError: no rows, or rows without text or label.
+        CheckpointError: the checkpoint in `out` has its neurons in another order than the model.
         TrainingError: the loss or the gradient became infinite or NaN. The model keeps the weights
             of the step before; they are in `out/last-good`.
         Interrupted: Ctrl-C (a KeyboardInterrupt).
@@ -102,6 +104,8 @@ def finetune(
             out.mkdir(parents=True, exist_ok=True)
         checkpoint = last_checkpoint(out) if out is not None else None
         resumed_from = None if checkpoint is None else _step_of(checkpoint)
+        if checkpoint is not None and (checkpoint / "config.json").is_file():
+            require_same_layout(model, checkpoint)
         trainer = _trainer(
             model,
             Collate(tokenizer, settings.max_length),
