@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moduli.data.packages import Package
+from moduli.data.packages import Package, Source
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,7 @@ class Shelf:
         with zipfile.ZipFile(path, "w") as wheel:
             for member, content in (files | meta).items():
                 wheel.writestr(member, content)
-        return Package(
-            name="probe",
-            kind="data",
-            summary="a probe",
+        source = Source(
             package=name.replace("_", "-"),
             version="1.0",
             archive=path.name,
@@ -43,7 +40,9 @@ class Shelf:
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
             megabytes=0,
             members=tuple((member, Path(member).name) for member in files),
-            licence="none",
+        )
+        return Package(
+            name="probe", kind="data", summary="a probe", sources=(source,), licence="none"
         )
 
     def left_over(self) -> list[str]:
@@ -66,6 +65,12 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
     return Shelf(folder, tmp_path / "cache")
 
 
+def altered(package: Package, **changes: object) -> Package:
+    """The same row with another pin or other members of its only archive."""
+    (source,) = package.sources
+    return replace(package, sources=(replace(source, **changes),))  # type: ignore[arg-type]
+
+
 def other_hash(package: Package) -> Package:
     """The same row, expecting an archive that does not exist."""
-    return replace(package, sha256="0" * 64)
+    return altered(package, sha256="0" * 64)

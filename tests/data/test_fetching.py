@@ -19,11 +19,12 @@ import pytest
 
 import moduli.data
 from moduli.data.archives import extract, sha256_of
+from moduli.data.catalogue import PACKAGES
 from moduli.data.fetching import MARKER, fetch_package
-from moduli.data.packages import PACKAGES, Package
+from moduli.data.packages import Package
 from moduli.errors import CheckpointError, ConfigError, FetchError, UnknownNameError
 
-from .conftest import Shelf, other_hash
+from .conftest import Shelf, altered, other_hash
 
 FILES = {"moduli_probe/a.txt": b"alpha\n", "moduli_probe/b.bin": bytes(range(256)) * 40}
 
@@ -76,13 +77,13 @@ def test_a_package_becomes_a_directory_with_a_record_of_every_file(shelf: Shelf)
         "b.bin": FILES["moduli_probe/b.bin"],
     }
     marker = json.loads((path / MARKER).read_text())
-    assert marker["recipe"]["archive_sha256"] == package.sha256
+    assert marker["recipe"]["archive_sha256"] == package.sources[0].sha256
     assert marker["files"]["a.txt"] == {"bytes": 6, "sha256": sha256_of(path / "a.txt")}
     assert shelf.left_over() == ["probe"]
     assert "downloading" in events[0]
 
     # the second time nothing is done: the shelf is not even needed
-    (shelf.folder / package.archive).unlink()
+    (shelf.folder / package.sources[0].archive).unlink()
     events.clear()
     assert fetch_package(package, cache=shelf.cache, on_event=events.append) == path
     assert events == []
@@ -131,7 +132,7 @@ def test_another_hash_is_refused_by_name_and_nothing_is_kept(shelf: Shelf) -> No
     with pytest.raises(FetchError) as caught:
         fetch_package(other_hash(package), cache=shelf.cache)
     message = str(caught.value)
-    assert f"given    {package.sha256}" in message
+    assert f"given    {package.sources[0].sha256}" in message
     assert f"expected {'0' * 64}" in message
     assert shelf.left_over() == []
 
@@ -145,7 +146,7 @@ def test_an_sdist_with_another_hash_never_runs(shelf: Shelf, tmp_path: Path) -> 
     (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: moduli_probe\nVersion: 1.0\n")
     with tarfile.open(shelf.folder / "moduli_probe-1.0.tar.gz", "w:gz") as archive:
         archive.add(source, source.name)
-    package = replace(
+    package = altered(
         shelf.wheel({}),
         archive="moduli_probe-1.0.tar.gz",
         archive_kind="sdist",
@@ -164,36 +165,36 @@ def test_an_archive_put_there_by_hand_is_taken_without_a_network(
     package = shelf.wheel(FILES)
     folder = shelf.cache / "archives" if by == "archives folder" else shelf.folder.parent / "hand"
     folder.mkdir(parents=True)
-    (shelf.folder / package.archive).rename(folder / package.archive)
+    (shelf.folder / package.sources[0].archive).rename(folder / package.sources[0].archive)
     if by == "environment":
         monkeypatch.setenv("MODULI_PACKAGES", str(folder))
     events: list[str] = []
     path = fetch_package(package, cache=shelf.cache, on_event=events.append)
     assert (path / "a.txt").read_bytes() == b"alpha\n"
     assert not any("downloading" in line for line in events)
-    assert (folder / package.archive).exists()
+    assert (folder / package.sources[0].archive).exists()
 
 
 def test_a_wrong_archive_put_there_by_hand_is_refused(shelf: Shelf) -> None:
     package = shelf.wheel(FILES)
     folder = shelf.cache / "archives"
     folder.mkdir(parents=True)
-    (folder / package.archive).write_bytes(b"not it")
+    (folder / package.sources[0].archive).write_bytes(b"not it")
     with pytest.raises(FetchError, match=r"archives.*is not the archive") as caught:
         fetch_package(package, cache=shelf.cache)
-    assert sha256_of(folder / package.archive) in str(caught.value)
+    assert sha256_of(folder / package.sources[0].archive) in str(caught.value)
     assert shelf.left_over() == ["archives"]
 
 
 def test_a_package_that_cannot_be_fetched_says_the_command_and_the_way_out(shelf: Shelf) -> None:
-    package = replace(shelf.wheel(FILES), version="9.9")
+    package = altered(shelf.wheel(FILES), version="9.9")
     with pytest.raises(FetchError) as caught:
         fetch_package(package, cache=shelf.cache)
     message = str(caught.value)
     assert f"{sys.executable} -m pip download" in message
     assert "No matching distribution found for moduli-probe==9.9" in message
     assert "MODULI_PACKAGES" in message
-    assert package.archive in message
+    assert package.sources[0].archive in message
     assert shelf.left_over() == []
 
 
@@ -210,7 +211,7 @@ def test_an_unreachable_index_is_a_fetch_error(
 
 
 def test_a_missing_member_is_named_with_the_nearest(shelf: Shelf) -> None:
-    package = replace(shelf.wheel(FILES), members=(("moduli_probe/a.text", "a.txt"),))
+    package = altered(shelf.wheel(FILES), members=(("moduli_probe/a.text", "a.txt"),))
     with pytest.raises(FetchError, match=r"no member 'moduli_probe/a.text'.*moduli_probe/a.txt"):
         fetch_package(package, cache=shelf.cache)
     assert shelf.left_over() == []
@@ -362,11 +363,14 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 def test_every_row_of_the_table_is_pinned_and_unique() -> None:
     assert len(moduli.data.fetchable()) == len(PACKAGES)
     for package in PACKAGES:
-        assert len(package.sha256) == 64
-        assert package.version in package.archive
-        targets = [target for _, target in package.members]
-        assert len(set(targets)) == len(targets)
         assert package.licence
+        archives = [source.archive for source in package.sources]
+        assert len(set(archives)) == len(archives)
+        targets = [t for source in package.sources for _, t in source.members]
+        assert len(set(targets)) == len(targets)
+        for source in package.sources:
+            assert len(source.sha256) == 64
+            assert source.version.rpartition(":")[2] in source.archive  # less Debian's epoch
 
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
                     "name": p.name,
                     "kind": p.kind,
                     "summary": p.summary,
-                    "package": f"{p.package} {p.version}",
+                    "sources": [f"{s.package} {s.version}" for s in p.sources],
                     "megabytes": p.megabytes,
                     "licence": p.licence,
                 }

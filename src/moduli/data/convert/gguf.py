@@ -1,4 +1,4 @@
-"""Turn what an archive holds into what `from_pretrained` loads without anything extra."""
+"""A language model stored as GGUF, as a plain directory."""
 
 from __future__ import annotations
 
@@ -50,6 +50,3 @@ def gguf_to_pretrained(source: Path, out: Path) -> None:
     for path in source.iterdir():
         if path.name != name:
             shutil.copyfile(path, out / path.name)
-
-
-CONVERTERS: dict[str, Callable[[Path, Path], None]] = {"gguf": gguf_to_pretrained}
