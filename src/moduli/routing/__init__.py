@@ -7,6 +7,8 @@ combine weights, noise, capacity) is a `Rule`, shared by all of them.
 from moduli.routing.avgk import AvgKRouter, gate_from_keys, key_means, retie
 from moduli.routing.capacity import capacity, slots
 from moduli.routing.learned import CosineRouter, LinearRouter
+from moduli.routing.llama_moe import NoisyRouting, NoisyTopKRouter
+from moduli.routing.moefication import GroundTruthRouter, MLPRouter, SimilarityRouter
 from moduli.routing.record import RouteContext, Routing
 from moduli.routing.router import Router
 from moduli.routing.rule import Rule, route
@@ -14,11 +16,16 @@ from moduli.routing.rule import Rule, route
 __all__ = [
     "AvgKRouter",
     "CosineRouter",
+    "GroundTruthRouter",
     "LinearRouter",
+    "MLPRouter",
+    "NoisyRouting",
+    "NoisyTopKRouter",
     "RouteContext",
     "Router",
     "Routing",
     "Rule",
+    "SimilarityRouter",
     "capacity",
     "gate_from_keys",
     "key_means",

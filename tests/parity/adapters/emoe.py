@@ -36,6 +36,7 @@ from moduli.surgery.locate import FAMILIES, FFN
 from moduli.surgery.partition import balanced_clusters, explained_variance
 from moduli.surgery.partition.quality import unit_keys
 from moduli.surgery.seam import Pass, RoutedActivation, SeamOptions
+from tests.parity.adapters import emoe_splits
 from tests.parity.case import Case, Check
 
 FAMILY = {family.name: family for family in FAMILIES}
@@ -492,4 +493,5 @@ KINDS: dict[str, Callable[[Case, Check], None]] = {
     "moe_layer": moe_layer,
     "moe_layer_swiglu": moe_layer_swiglu,
     "selection_variants": selection_variants,
+    **emoe_splits.KINDS,
 }
