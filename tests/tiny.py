@@ -88,8 +88,13 @@ def build(family: str, seed: int = 0, scale: float = 8.0) -> Any:
 
     Initial weights of transformers are so small that FFNs hardly matter; `scale` makes them do.
     """
+    return initialise(MODELS[family], seed, scale)
+
+
+def initialise(make: Callable[[], Any], seed: int = 0, scale: float = 8.0) -> Any:
+    """As `build`, for any function that makes a model."""
     torch.manual_seed(seed)
-    model = MODELS[family]()
+    model = make()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer
 
 import moduli
@@ -181,31 +181,69 @@ def test_the_adapter_directory_is_no_model(tmp_path: Path) -> None:
         moduli.load(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("targets", ["ffn", "attention"])
-def test_adapters_before_conversion_are_refused(targets: str) -> None:
-    where = TARGETS["bert"] if targets == "ffn" else r".*(query|value)"
-    model = get_peft_model(tiny.build("bert"), adapter("bert", target_modules=where))
+def configs(family: str, kind: str) -> Any:
+    """An adapter of some kind on all projections of all FFNs."""
+    if kind != "ia3":
+        return adapter(family, init_lora_weights=False, **KINDS[kind])
+    outward = {"bert": r".*output\.dense", "vit": ".*fc2", "gpt2": r".*mlp\.c_proj"}
+    return IA3Config(
+        target_modules=TARGETS[family],
+        feedforward_modules=outward.get(family, ".*down_proj"),
+        fan_in_fan_out=family == "gpt2",
+    )
+
+
+def randomised(model: Any) -> Any:
+    """With factors that are not those of a new adapter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.copy_(1 + torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ia3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_may_come_first(family: str, kind: str, tmp_path: Path) -> None:
+    """Adapters that were there at conversion move with the neurons, and back."""
+    model = randomised(get_peft_model(tiny.build(family), configs(family, kind))).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ModelError, match="before adding adapters"):
-        moduli.convert(model, moduli.EMoE(num_experts=5, top_k=2))
+    original = logits(model, family)
+    moduli.convert(model, moduli.EMoE(num_experts=5, top_k=5, layers="all"))
+    assert any(
+        not torch.equal(before[name], tensor)
+        for name, tensor in model.state_dict().items()
+        if "lora" in name or "ia3" in name
+    ), "no adapter has moved"
+    torch.testing.assert_close(logits(model, family), original, rtol=1e-4, atol=1e-5)
+    moduli.set_top_k(model, 2)
+    assert not torch.allclose(logits(model, family), original, atol=1e-3)
+    moduli.save(model, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(tiny.build(family), tmp_path / "out").eval()
+    assert torch.equal(logits(loaded, family), original)
+    moduli.merge(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_adapters_of_unknown_kind_leave_the_model_whole(tmp_path: Path) -> None:
-    from peft import IA3Config
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ia3_after_conversion_fits_the_original_base(family: str, tmp_path: Path) -> None:
+    model = tiny.build(family)
+    moduli.convert(model, moduli.EMoE(num_experts=5, top_k=2, layers="all"))
+    model = randomised(get_peft_model(model, configs(family, "ia3"))).eval()
+    with moduli.dense(model):
+        expected = logits(model, family)
+    moduli.save(model, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(tiny.build(family), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(loaded, family), expected, rtol=1e-4, atol=1e-5)
 
+
+def test_adapters_of_unknown_kind_leave_the_model_whole(tmp_path: Path) -> None:
     model = tiny.build("bert")
     moduli.convert(model, moduli.EMoE(num_experts=5, top_k=2, layers="all"))
-    model = get_peft_model(
-        model,
-        IA3Config(
-            target_modules=["intermediate.dense", "layer.1.output.dense"],
-            feedforward_modules=["layer.1.output.dense"],
-        ),
-    )
+    model = get_peft_model(model, LoHaConfig(target_modules=["intermediate.dense"], r=2))
     before = logits(model, "bert")
     for act in (moduli.merge, lambda m: moduli.save(m, tmp_path / "out")):
-        with pytest.raises(ModelError, match="LoRA and DoRA"):
+        with pytest.raises(ModelError, match="LoRA, DoRA and IA3"):
             act(model)
     assert not (tmp_path / "out").exists()
     assert torch.equal(logits(model, "bert"), before)

@@ -46,7 +46,7 @@ def emoe(**changes: Any) -> moduli.EMoE:
 
 def digests(model: nn.Module) -> dict[str, str]:
     return {
-        name: hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, t in model.state_dict().items()
     }
 

@@ -12,8 +12,9 @@ from moduli.errors import ConfigError
 from moduli.methods.base import Method, Progress
 from moduli.methods.registry import get_method
 from moduli.surgery.checkpoint import load_own, read
-from moduli.surgery.convert import set_top_k
+from moduli.surgery.convert import base_model, set_top_k
 from moduli.surgery.report import ConversionReport
+from moduli.training.auxiliary import wire_auxiliary_loss
 
 
 def convert(
@@ -26,7 +27,8 @@ def convert(
     """Apply a method to a model, in place.
 
     Args:
-        model: a dense transformers model; it keeps its class, its modules and their names.
+        model: a dense transformers model; it keeps its class, its modules and their names. It may
+            carry LoRA, DoRA or IA3 adapters of PEFT, which are converted with it.
         method: a config such as `moduli.EMoE(num_experts=16, top_k=4)`, its class, or its name
             (defaults).
         batch: keyword arguments of the model's forward; output errors in the report are measured
@@ -41,7 +43,10 @@ def convert(
         ConfigError: settings that cannot work for this model.
         UnknownNameError: no method of that name.
     """
-    return as_method(method).apply(model, batch=batch, progress=progress)
+    host = base_model(model)
+    report = as_method(method).apply(host, batch=batch, progress=progress)
+    wire_auxiliary_loss(host)
+    return report
 
 
 def as_method(method: Method | type[Method] | str) -> Method:
@@ -80,6 +85,7 @@ def load(directory: str | Path) -> Any:
     if stored.layout is not None:
         method = get_method(stored.layout.method).from_dict(stored.layout.config)
         method.restore(stored.model, stored.layout, stored.permuted)
+        wire_auxiliary_loss(stored.model)
         load_own(stored.model, stored.own)
         if stored.layout.top_k is not None:
             set_top_k(stored.model, stored.layout.top_k)

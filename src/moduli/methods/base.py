@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from moduli.errors import ConfigError, nearest
+from moduli.surgery.conversion import Progress, Recipe, restore_split, split_model
 from moduli.surgery.layout import Layout
 from moduli.surgery.report import ConversionReport
-
-Progress = Callable[[str], None]
-"""Called with one line per step of a long conversion."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +71,28 @@ class Method:
             if key not in known:
                 raise ConfigError(f"{cls.name} has no setting {key!r}. {nearest(key, known)}")
         return cls(**data)
+
+
+class SplitMethod(Method):
+    """A method that groups the neurons of FFNs into experts; it says how by a `Recipe`."""
+
+    def recipe(self, progress: Progress | None) -> Recipe:
+        """What `moduli.surgery.conversion` needs to know."""
+        raise TypeError(f"{type(self).__name__} does not define recipe(progress)")
+
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        batch: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> ConversionReport:
+        """Split the chosen FFNs into experts; see `moduli.convert`."""
+        return split_model(model, self.recipe(progress), batch=batch, progress=progress)
+
+    def restore(self, model: nn.Module, layout: Layout, permuted: bool) -> None:
+        """Route a model that was read from a checkpoint."""
+        restore_split(model, layout, self.recipe(None).split, permuted=permuted)
+
+
+__all__ = ["Method", "Progress", "SplitMethod"]

@@ -102,6 +102,11 @@ class AvgKRouter(Router):
         """Whether the gate follows the keys at every call."""
         return self.momentum is None
 
+    @property
+    def by_neurons(self) -> bool:  # type: ignore[override]
+        """A live mean key scores a token by the mean of its neurons' pre-activations."""
+        return self.live and not self.normalize
+
     def current_gate(self) -> Float[Tensor, "E D"]:
         """The gate rows that the next token is scored with."""
         if self.gate is not None:

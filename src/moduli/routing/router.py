@@ -30,6 +30,7 @@ class Router(nn.Module):
     """
 
     learned = True  # False: the scores have no parameters of their own to train
+    by_neurons = False  # True: scores come from the pre-activations of the neurons, not from x
 
     def __init__(self, num_experts: int, rule: Rule) -> None:
         super().__init__()
@@ -39,6 +40,17 @@ class Router(nn.Module):
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Score of each expert for each token; higher is better."""
         raise TypeError(f"{type(self).__name__} does not define scores(x)")
+
+    def from_preactivations(
+        self, z: Float[Tensor, "T F"], bias: Float[Tensor, " F"] | None
+    ) -> Float[Tensor, "T E"]:
+        """Scores from one number per neuron, experts one after the other.
+
+        Args:
+            z: what the first projection of the FFN returned.
+            bias: the part of it that is the projection's bias, or None.
+        """
+        raise TypeError(f"{type(self).__name__} does not score by neurons")
 
     def select(self, scores: Float[Tensor, "T E"], context: RouteContext) -> Routing:
         """The routing that `rule` makes of given scores."""

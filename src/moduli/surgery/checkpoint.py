@@ -24,10 +24,11 @@ from moduli.errors import CheckpointError, ModelError
 from moduli.surgery.alignment import align_file, align_parameters
 from moduli.surgery.convert import layout_of, recorded_layout, set_layout
 from moduli.surgery.files import MARKER, check_readable, new_directory, sha256, weight_files
+from moduli.surgery.inputs import probe_batch
 from moduli.surgery.layout import Layout
 from moduli.surgery.merge import dense_bias, dense_state
 from moduli.surgery.modular import is_modular, routed_layers
-from moduli.surgery.probe import merge_gap, probe_batch
+from moduli.surgery.probe import merge_gap
 from moduli.surgery.seam import RoutedActivation
 from moduli.version import __version__
 

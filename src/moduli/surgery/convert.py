@@ -7,14 +7,12 @@ Letters: D width, F neurons, E experts.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -23,9 +21,10 @@ from moduli.routing import Router
 from moduli.surgery.alignment import align_parameters
 from moduli.surgery.fast import FastFFN
 from moduli.surgery.layout import LayerLayout, Layout
-from moduli.surgery.locate import FFN, neuron_tensors
-from moduli.surgery.modular import PassHook, is_modular, require_modular
-from moduli.surgery.projection import bias_of
+from moduli.surgery.locate import FFN
+from moduli.surgery.modular import PassHook, is_modular, require_modular, watch
+from moduli.surgery.neurons import permute_neurons
+from moduli.surgery.projection import base_of, bias_of
 from moduli.surgery.seam import Pass, RoutedActivation, SeamOptions
 
 BuildRouter = Callable[[FFN, tuple[int, ...]], Router]
@@ -48,6 +47,22 @@ class Split:
     options: SeamOptions
     out_bias: Literal["shared", "split"]
     top_k: int
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's wrapper; layouts name its modules.
+
+    Raises:
+        ModelError: it is wrapped for data-parallel training already.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ModelError(
+            "the model is wrapped in DistributedDataParallel; convert it before wrapping, since "
+            "conversion moves parameters"
+        )
+    get_base = getattr(model, "get_base_model", None)
+    base: nn.Module = model if get_base is None else get_base()
+    return base
 
 
 def require_dense(model: nn.Module) -> None:
@@ -90,27 +105,29 @@ def split_ffns(
         permuted: the weights are in expert order already (a checkpoint of a modular model).
     """
     align_parameters(model)
-    layers = [LayerLayout(f.name, one.cpu().long()) for f, one in zip(ffns, labels, strict=True)]
+    layers = [
+        LayerLayout(f.name, one.cpu().long(), moved=f.movable)
+        for f, one in zip(ffns, labels, strict=True)
+    ]
     shared = Pass()
     routed = []
     for ffn, layer in zip(ffns, layers, strict=True):
-        if not permuted:
+        if not layer.moved:
+            ffn = dataclasses.replace(ffn, order=layer.order)
+        elif not permuted:
             permute_neurons(ffn, layer.order)
         routed.append(install(ffn, layer.sizes, split, shared))
-    model.register_forward_pre_hook(
-        PassHook(shared, _position_of_mask(model)), with_kwargs=True, prepend=True
-    )
+    watch(model, shared)
     set_layout(model, Layout(method, config, layers))
     return routed
 
 
 def install(ffn: FFN, sizes: tuple[int, ...], split: Split, shared: Pass) -> RoutedActivation:
     """Put the seam into one FFN whose neurons are in expert order."""
-    weight = ffn.keys()
-    router = split.router(ffn, sizes).to(device=weight.device)
+    router = split.router(ffn, sizes).to(device=next(ffn.block.parameters()).device)
     out_bias = None
     if split.out_bias == "split":
-        own = bias_of(ffn.last)
+        own = bias_of(base_of(ffn.last))
         if own is not None:
             out_bias = split_bias(own.detach(), len(sizes), split.top_k)
     layer = RoutedActivation(ffn, sizes, router, split.options, shared, out_bias, split.top_k)
@@ -137,23 +154,16 @@ def uninstall(layer: RoutedActivation) -> None:
     if entry is not None:
         ffn.block.__dict__.pop(entry, None)
     for module in ffn.projections.values():
-        base = getattr(module, "base_layer", module)
-        for hooks in (base._forward_pre_hooks, base._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "__self__", None) is layer:
-                    del hooks[key]
+        for inner in module.modules():  # an adapter may have come between since
+            for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if getattr(hook, "__self__", None) is layer:
+                        del hooks[key]
 
 
 def split_bias(bias: Tensor, num_experts: int, top_k: int) -> Tensor:
     """[E, D]: 1 / k of the output bias for every expert, so that k experts restore it."""
     return (bias / top_k).expand(num_experts, -1).clone()
-
-
-@torch.no_grad()
-def permute_neurons(ffn: FFN, order: Int[Tensor, " F"]) -> None:
-    """Move neuron order[i] to position i in every tensor of the FFN, adapters included."""
-    for _, tensor, dim in neuron_tensors(ffn):
-        tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
 
 
 def layout_of(model: nn.Module) -> Layout | None:
@@ -244,8 +254,3 @@ def set_top_k(model: nn.Module, k: int) -> None:
                 module.rule = rule
     host, layout = recorded_layout(model)
     set_layout(host, dataclasses.replace(layout, top_k=k))
-
-
-def _position_of_mask(model: nn.Module) -> int | None:
-    names = list(inspect.signature(model.forward).parameters)
-    return names.index("attention_mask") if "attention_mask" in names else None

@@ -71,19 +71,15 @@ class FastFFN:
 def views(ffn: FFN, sizes: Sequence[int]) -> ExpertFFN:
     """The experts of an FFN as views of its weights; gradients arrive in the weights."""
 
-    def cut(module: nn.Module, dim: int = 0) -> list[Tensor]:
-        return list(rows(module).split(list(sizes), dim=dim))
-
-    def cut_bias(module: nn.Module) -> list[Tensor] | None:
-        bias = bias_of(module)
-        return None if bias is None else list(bias.split(list(sizes)))
+    def cut(tensor: Tensor | None) -> list[Tensor] | None:
+        return None if tensor is None else list(tensor.split(list(sizes)))
 
     return ExpertFFN(
-        keys=cut(ffn.first),
-        values=[v.T for v in cut(ffn.last, dim=1)],
-        key_bias=cut_bias(ffn.first),
-        up_keys=None if ffn.up is None else cut(ffn.up),
-        up_bias=None if ffn.up is None else cut_bias(ffn.up),
+        keys=list(ffn.keys().split(list(sizes))),
+        values=[v.T for v in rows(ffn.last).split(list(sizes), dim=1)],
+        key_bias=cut(ffn.key_bias()),
+        up_keys=cut(ffn.up_keys()),
+        up_bias=cut(ffn.up_bias()),
     )
 
 
@@ -100,6 +96,12 @@ def obstacle(layer: RoutedActivation) -> str | None:
         return f"select={options.select!r} needs all neurons"
     if options.dropout:
         return "dropout inside experts"
+    if layer.labels is not None:
+        return "its neurons could not be moved"
+    if any(_is_active(module) for module in ffn.inner):
+        return "the block drops neurons in training"
+    if len({module.weight.dtype for module in ffn.projections.values()}) > 1:
+        return "its projections differ in dtype"
     for path, module in ffn.projections.items():
         if not is_stock(module):
             return f"{path} is a {type(module).__name__}"
@@ -136,12 +138,18 @@ def path_of(layer: RoutedActivation) -> str:
     return "masked (faster here: experts are narrow or most are chosen)"
 
 
+def _is_active(module: nn.Module) -> bool:
+    """Whether a parameter-free module of the block changes what passes through it at present."""
+    if isinstance(module, nn.Dropout):
+        return module.training and module.p > 0
+    return not isinstance(module, nn.Identity)
+
+
 def _tail(ffn: FFN, y: Tensor, x: Tensor) -> Tensor:
-    if ffn.family.tail == "output":  # BERT: dropout, residual, LayerNorm
+    if ffn.family.residual:  # BERT: dropout, residual, LayerNorm
         output = ffn.block.get_submodule("output")
         normed: Tensor = output.get_submodule("LayerNorm")(output.get_submodule("dropout")(y) + x)
         return normed
-    if ffn.family.tail == "dropout":
-        dropped: Tensor = ffn.block.get_submodule("dropout")(y)
-        return dropped
+    for module in ffn.after:
+        y = module(y)
     return y

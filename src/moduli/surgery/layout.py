@@ -25,10 +25,14 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class LayerLayout:
-    """One converted FFN: its block's name and the expert of every neuron, in original order."""
+    """One converted FFN: its block's name and the expert of every neuron, in original order.
+
+    `moved` is False where the neurons stayed in that order, since their weights cannot be moved.
+    """
 
     name: str
     labels: Int[Tensor, " F"]
+    moved: bool = True
 
     @property
     def order(self) -> Int[Tensor, " F"]:
@@ -58,7 +62,12 @@ class Layout:
             "config": dict(self.config),
             "top_k": self.top_k,
             "layers": [
-                {"name": layer.name, "neurons": layer.labels.numel(), "labels": _pack(layer.labels)}
+                {
+                    "name": layer.name,
+                    "neurons": layer.labels.numel(),
+                    "labels": _pack(layer.labels),
+                    "moved": layer.moved,
+                }
                 for layer in self.layers
             ],
         }
@@ -77,7 +86,11 @@ class Layout:
             )
         try:
             layers = [
-                LayerLayout(entry["name"], _unpack(entry["labels"], entry["neurons"]))
+                LayerLayout(
+                    entry["name"],
+                    _unpack(entry["labels"], entry["neurons"]),
+                    entry.get("moved", True),
+                )
                 for entry in data["layers"]
             ]
             return cls(data["method"], data["config"], layers, data.get("top_k"))

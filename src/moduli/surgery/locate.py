@@ -1,57 +1,20 @@
 """Finding the FFNs of a model by their structure, and saying why a module does not fit.
 
-A family is a pattern of sub-module names; a block fits if it has all of them and their shapes
-agree. Letters: D width, F neurons.
+Letters: D width, F neurons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
-from moduli.surgery.projection import in_dim, is_stock, out_dim, rows, weight_of
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a kind of block keeps the parts of its FFN, and what it does around them.
-
-    Attributes:
-        name: how reports call it.
-        first: projection whose output passes the activation ("gate" in gated FFNs).
-        last: projection back to the width.
-        act: the activation module.
-        up: second projection of a gated FFN, else None.
-        entry: method of the block that computes the FFN, which the fast path takes over; None
-            where the FFN is inline in a larger forward.
-        tail: what `entry` does after the last projection: "none", "dropout" (GPT-2), or
-            "output" (BERT: dropout, residual, LayerNorm in `block.output`).
-    """
-
-    name: str
-    first: str
-    last: str
-    act: str
-    up: str | None = None
-    entry: str | None = "forward"
-    tail: str = "none"
-
-
-FAMILIES = (
-    Family(
-        "bert",
-        "intermediate.dense",
-        "output.dense",
-        "intermediate.intermediate_act_fn",
-        entry="feed_forward_chunk",
-        tail="output",
-    ),
-    Family("llama", "gate_proj", "down_proj", "act_fn", up="up_proj"),
-    Family("vit", "fc1", "fc2", "activation_fn"),
-    Family("gpt2", "c_fc", "c_proj", "act", tail="dropout"),
-)
+from moduli.surgery.families import FAMILIES, Family
+from moduli.surgery.projection import base_of, bias_of, is_linear, is_stock, shape_of, weight_rows
+from moduli.surgery.structure import recognise
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +26,14 @@ class FFN:
         index: position among the FFNs of the model, from 0.
         family: the pattern it fits.
         block: the module that holds it.
+        order: the neurons in expert order, where they have not changed places; None else.
     """
 
     name: str
     index: int
     family: Family
     block: nn.Module
+    order: Int[Tensor, " F"] | None = None
 
     @property
     def first(self) -> nn.Module:
@@ -80,11 +45,14 @@ class FFN:
 
     @property
     def up(self) -> nn.Module | None:
+        """Second projection of a gated FFN, where it is a module of its own."""
         return None if self.family.up is None else self.block.get_submodule(self.family.up)
 
     @property
-    def activation(self) -> nn.Module:
-        return self.block.get_submodule(self.family.act)
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        owner, _, attribute = self.family.act.rpartition(".")
+        found: Callable[[Tensor], Tensor] = getattr(self.block.get_submodule(owner), attribute)
+        return found
 
     @property
     def projections(self) -> dict[str, nn.Module]:
@@ -93,27 +61,72 @@ class FFN:
         return {n: self.block.get_submodule(n) for n in names if n is not None}
 
     @property
+    def inner(self) -> list[nn.Module]:
+        """Modules between activation and last projection, where they exist."""
+        return _existing(self.block, self.family.inner)
+
+    @property
+    def after(self) -> list[nn.Module]:
+        """Modules that the block calls after the last projection, where they exist."""
+        return _existing(self.block, self.family.after)
+
+    @property
     def hidden(self) -> int:
         """D."""
-        return rows(_base(self.first)).shape[1]
+        return shape_of(self.first)[1]
 
     @property
     def width(self) -> int:
         """F."""
-        return rows(_base(self.first)).shape[0]
+        return shape_of(self.last)[1]
 
     @property
     def gated(self) -> bool:
-        return self.family.up is not None
+        return self.family.up is not None or self.family.fused
 
-    def keys(self) -> Tensor:
-        """Keys [F, D], as a view of the current weights of the first projection."""
-        return rows(_base(self.first))
+    @property
+    def movable(self) -> bool:
+        """Whether neurons can change places: every projection holds a plain weight."""
+        return all(is_stock(base_of(layer)) for layer in self.projections.values())
 
-    def set_activation(self, module: nn.Module) -> None:
-        """Put another module where the activation is."""
-        owner, _, attribute = self.family.act.rpartition(".")
-        setattr(self.block.get_submodule(owner), attribute, module)
+    def keys(self) -> Float[Tensor, "F D"]:
+        """Keys, from the current weights of the first projection; a view where it is stock."""
+        return self._ordered(weight_rows(self.first)[: self.width])
+
+    def key_bias(self) -> Float[Tensor, " F"] | None:
+        """Bias of the keys, or None."""
+        bias = bias_of(base_of(self.first))
+        return None if bias is None else self._ordered(bias[: self.width])
+
+    def _ordered(self, tensor: Tensor) -> Tensor:
+        return tensor if self.order is None else tensor[self.order.to(tensor.device)]
+
+    def up_keys(self) -> Float[Tensor, "F D"] | None:
+        """Rows of the up projection of a gated FFN."""
+        if self.up is not None:
+            return weight_rows(self.up)
+        return weight_rows(self.first)[self.width :] if self.family.fused else None
+
+    def up_bias(self) -> Float[Tensor, " F"] | None:
+        """Bias of the up projection of a gated FFN, or None."""
+        if self.up is not None:
+            return bias_of(base_of(self.up))
+        bias = bias_of(base_of(self.first)) if self.family.fused else None
+        return None if bias is None else bias[self.width :]
+
+    def up_output(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch F"]:
+        """What a gated FFN multiplies the activations with, through its own modules."""
+        module = self.first if self.up is None else self.up
+        full: Tensor = module(x)
+        return full[..., -self.width :]
+
+    def set_activation(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put another activation in its place; modules and plain functions both fit."""
+        path, _, attribute = self.family.act.rpartition(".")
+        owner = self.block.get_submodule(path)
+        if not isinstance(function, nn.Module):
+            delattr(owner, attribute)  # a registered module cannot be overwritten by a function
+        setattr(owner, attribute, function)
 
 
 @dataclass(frozen=True)
@@ -124,44 +137,19 @@ class Rejected:
     reason: str
 
 
-def _base(module: nn.Module) -> nn.Module:
-    """The stock layer inside a tuner's wrapper (PEFT calls it `base_layer`)."""
-    copies = _full_copies(module)
-    if copies:
-        active = getattr(module, "active_adapters", ())
-        chosen = [copies[f"modules_to_save.{name}"] for name in active]
-        return chosen[0] if chosen else copies["original_module"]
-    inner = getattr(module, "base_layer", None)
-    return inner if isinstance(inner, nn.Module) else module
-
-
-def _full_copies(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers in PEFT's `modules_to_save` wrapper, by name within it; empty for others."""
-    if type(module).__name__ != "ModulesToSaveWrapper":
-        return {}
-    names = ("original_module", "modules_to_save")
-    return {
-        name: inner
-        for name, inner in module.named_modules()
-        if name.split(".")[0] in names and is_stock(inner)
-    }
-
-
 def survey(model: nn.Module) -> tuple[list[FFN], list[Rejected]]:
     """All FFNs in the order of the model's modules, and the near misses with their reason."""
-    found: list[FFN] = []
+    blocks: list[tuple[str, Family, nn.Module]] = []
     rejected: list[Rejected] = []
     for name, block in model.named_modules():
-        for family in FAMILIES:
-            present = [_has(block, path) for path in _parts(family)]
-            if not any(present[:1]) or sum(present) < 2:
-                continue
-            reason = _misfit(block, family)
-            if reason is None:
-                found.append(FFN(name, len(found), family, block))
-            else:
-                rejected.append(Rejected(name, reason))
-            break
+        family, reason = _family_of(block)
+        if reason is not None:
+            rejected.append(Rejected(name, reason))
+        elif family is not None:
+            blocks.append((name, family, block))
+    # Where the table knows the FFNs of a model, what only looks like one is a head.
+    named = [entry for entry in blocks if entry[1] in FAMILIES]
+    found = [FFN(name, i, family, block) for i, (name, family, block) in enumerate(named or blocks)]
     return found, rejected
 
 
@@ -169,29 +157,35 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """All FFNs of a model that can be split into experts.
 
     Raises:
-        ModelError: there is none; says what was looked for and what came closest. Or the model
-            carries adapters, wherever they are.
+        ModelError: there is none; says what was looked for and what came closest.
     """
-    for name, module in model.named_modules():
-        if _base(module) is not module or type(module).__name__.startswith("PeftModel"):
-            raise ModelError(
-                f"{name or 'the model'} is a {type(module).__name__}: the model carries adapters. "
-                "Convert the model before adding adapters, so that they are made for the "
-                "converted one; moduli.save and moduli.merge fit them to the original base again"
-            )
     found, rejected = survey(model)
     if not found:
-        looked = "; ".join(f"{f.name}: {', '.join(_parts(f))}" for f in FAMILIES)
+        looked = "; ".join(f"{f.name}: {', '.join(f.required)}" for f in FAMILIES)
         closest = "".join(f"\n  {r.name}: {r.reason}" for r in rejected[:5])
         raise ModelError(
-            f"no FFN found in {type(model).__name__}. Looked for blocks with sub-modules "
+            f"no FFN found in {type(model).__name__}. Looked for blocks that hold two or three "
+            "linear projections and an activation of their own, and for blocks with sub-modules "
             f"({looked}).{' Closest:' + closest if closest else ''}"
         )
     return found
 
 
-def _parts(family: Family) -> list[str]:
-    return [p for p in (family.first, family.last, family.act, family.up) if p is not None]
+def _family_of(block: nn.Module) -> tuple[Family | None, str | None]:
+    """The family of a block, or why it cannot be used, or neither if it is no FFN at all."""
+    present = {f: [path for path in f.required if _has(block, path)] for f in FAMILIES}
+    for family, paths in present.items():
+        if len(paths) == len(family.required):
+            reason = _misfit(block, family)
+            return (family, None) if reason is None else (None, reason)
+    guess, reason = recognise(block)
+    if guess is not None or reason is not None:
+        return guess, reason
+    nearest = max(FAMILIES, key=lambda f: len(present[f]) / len(f.required))
+    missing = [path for path in nearest.required if path not in present[nearest]]
+    if len(present[nearest]) < 2 or len(missing) > 1:
+        return None, None
+    return None, f"looks like {nearest.name}, but has no {missing[0]}"
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -205,85 +199,52 @@ def _has(block: nn.Module, path: str) -> bool:
 
 def _misfit(block: nn.Module, family: Family) -> str | None:
     """Why a block that looks like `family` cannot be split; None if it can."""
-    missing = [path for path in _parts(family) if not _has(block, path)]
-    if missing:
-        return f"looks like {family.name}, but has no {', '.join(missing)}"
-    act = block.get_submodule(family.act) if _is_module(block, family.act) else None
-    if act is None:
-        return f"its activation {family.act} is a function, not a module"
-    layers = {p: block.get_submodule(p) for p in _parts(family) if p != family.act}
+    owner, _, attribute = family.act.rpartition(".")
+    if not callable(getattr(block.get_submodule(owner), attribute)):
+        return f"its activation {family.act} cannot be called"
+    layers: dict[str, nn.Module] = {}
+    for path in family.parts:
+        if path != family.act:
+            try:
+                layers[path] = block.get_submodule(path)
+            except AttributeError:
+                return (
+                    f"looks like {family.name}, but {path} is no linear projection (a bank of "
+                    "experts already?)"
+                )
     for path, layer in layers.items():
-        if hasattr(layer, "base_layer"):
-            return (
-                f"{path} is wrapped by an adapter ({type(layer).__name__}); "
-                "convert before adding adapters"
-            )
-        if not is_stock(layer):
-            return f"{path} is a {type(layer).__name__}, not a plain nn.Linear or Conv1D"
-    first, last = layers[family.first], layers[family.last]
-    width, hidden = rows(first).shape
-    if tuple(rows(last).shape) != (hidden, width):
-        return (
-            f"{family.first} maps {hidden} to {width}, but {family.last} maps "
-            f"{rows(last).shape[1]} to {rows(last).shape[0]}"
-        )
-    if family.up is not None and rows(layers[family.up]).shape != rows(first).shape:
+        if not is_linear(base_of(layer)):
+            return f"{path} is a {type(layer).__name__}, not a linear projection"
+    (width, hidden), (out, neurons) = (shape_of(layers[p]) for p in (family.first, family.last))
+    if (out, neurons * (2 if family.fused else 1)) != (hidden, width):
+        return f"{family.first} maps {hidden} to {width}, but {family.last} maps {neurons} to {out}"
+    if family.up is not None and shape_of(layers[family.up]) != (width, hidden):
         return f"{family.up} and {family.first} have different shapes"
-    if any(weight_of(layer).is_meta for layer in layers.values()):
+    if any(p.is_meta for layer in layers.values() for p in layer.parameters()):
         return "its weights are on the meta device; load them first"
+    for module, path in zip(_existing(block, family.inner), family.inner, strict=False):
+        if any(True for _ in module.parameters()):
+            return f"{path}, between its activation and {family.last}, has parameters"
     return None
 
 
-def _is_module(block: nn.Module, path: str) -> bool:
-    try:
-        block.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+def _existing(block: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
+    found = [getattr(block, path, None) for path in paths]
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
-def neuron_tensors(ffn: FFN) -> list[tuple[str, Tensor, int]]:
-    """Every tensor of the block that has a neuron dimension: (name in the block, tensor, dim).
-
-    Besides weights and biases of the projections these are the factors of LoRA adapters on them:
-    the output side of an adapter on a projection into the neurons, the input side of one out of
-    them, and the magnitude vector of DoRA; and the full copies that PEFT's `modules_to_save` makes.
-
-    Raises:
-        ModelError: an adapter whose coordinates are not known sits on a projection.
-    """
-    found: list[tuple[str, Tensor, int]] = []
-    for path, layer in ffn.projections.items():
-        outward = path == ffn.family.last
-        base = _base(layer)
-        plain = {"": layer} if base is layer else {"base_layer": base}
-        for name, module in (_full_copies(layer) or plain).items():
-            prefix = f"{path}.{name}." if name else f"{path}."
-            dim = in_dim(module) if outward else out_dim(module)
-            found.append((f"{prefix}weight", weight_of(module), dim))
-            bias = getattr(module, "bias", None)
-            if isinstance(bias, Tensor) and not outward:
-                found.append((f"{prefix}bias", bias, 0))
-        if hasattr(layer, "base_layer"):
-            found += [(f"{path}.{n}", t, d) for n, t, d in _adapter_tensors(layer, outward)]
-    return found
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has wrapped a layer of the model."""
+    return any(base_of(module) is not module for module in model.modules())
 
 
-def _adapter_tensors(layer: nn.Module, outward: bool) -> list[tuple[str, Tensor, int]]:
-    found: list[tuple[str, Tensor, int]] = []
-    for name, tensor in layer.named_parameters():
-        part = name.split(".", 1)[0]
-        if part == "base_layer":
-            continue
-        if part == "lora_A":  # [R, in]
-            if outward:
-                found.append((name, tensor, 1))
-        elif part == "lora_B" or part == "lora_magnitude_vector":  # [out, R]
-            if not outward:
-                found.append((name, tensor, 0))
-        else:
-            raise ModelError(
-                f"{type(layer).__name__} has a parameter {name!r} whose neuron order is not "
-                "known; LoRA and DoRA are. Merge or unload the adapter first."
-            )
-    return found
+def stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """Parts of a model that get an attention mask of their own, by name; {"": model} for most."""
+    found: list[nn.Module] = []
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found = [getattr(model, f"get_{side}")() for side in ("encoder", "decoder")]
+    elif isinstance(getattr(model, "text_model", None), nn.Module):
+        found = [model.get_submodule("text_model")]
+    names = {id(module): name for name, module in model.named_modules()}
+    named = {names[id(module)]: module for module in found if id(module) in names}
+    return named or {"": model}

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from moduli.errors import ModelError
 from moduli.experts.ffn import merged_out_bias
 from moduli.surgery.convert import (
-    permute_neurons,
     recorded_layout,
     set_layout,
     split_bias,
     uninstall,
 )
-from moduli.surgery.locate import neuron_tensors
-from moduli.surgery.modular import ModelHook, require_modular
-from moduli.surgery.projection import bias_of
+from moduli.surgery.modular import require_modular, unwatch
+from moduli.surgery.neurons import neuron_tensors, permute_neurons
+from moduli.surgery.projection import base_of, bias_of
 from moduli.surgery.report import MergeReport
 from moduli.surgery.seam import RoutedActivation
 
@@ -43,26 +42,21 @@ def merge(model: nn.Module) -> MergeReport:
     layers = require_modular(model)
     host, layout = recorded_layout(model)
     for layer_layout in layout.layers:
-        neuron_tensors(_layer_named(layers, layer_layout.name).ffn)  # raises before any change
+        if layer_layout.moved:  # raises before any change
+            neuron_tensors(_layer_named(layers, layer_layout.name).ffn)
     averaged = []
     for layer_layout in layout.layers:
         layer = _layer_named(layers, layer_layout.name)
         bias, changed = dense_bias(layer)
-        own = bias_of(layer.ffn.last)
+        own = bias_of(base_of(layer.ffn.last))
         if bias is not None and own is not None:
             own.copy_(bias)
         if changed:
             averaged.append(f"output bias of {layer.ffn.name}")
         uninstall(layer)
-        permute_neurons(layer.ffn, layer_layout.order.argsort())
-    for hooks, flags in (
-        (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
-        (host._forward_hooks, host._forward_hooks_with_kwargs),
-    ):
-        for key, hook in list[tuple[int, object]](hooks.items()):
-            if isinstance(hook, ModelHook):
-                del hooks[key]
-                flags.pop(key, None)
+        if layer_layout.moved:
+            permute_neurons(layer.ffn, layer_layout.order.argsort())
+    unwatch(host)
     set_layout(host, None)
     return MergeReport([entry.name for entry in layout.layers], not averaged, averaged)
 
@@ -92,9 +86,9 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
         layer = _layer_named(layers, layer_layout.name)
         prefix = names[id(layer.ffn.block)]
         inverse = layer_layout.order.argsort()
-        for path, tensor, dim in neuron_tensors(layer.ffn):
-            name = f"{prefix}.{path}"
-            state[name] = tensor.detach().index_select(dim, inverse.to(tensor.device))
+        if layer_layout.moved:
+            for entry in neuron_tensors(layer.ffn):
+                state[f"{prefix}.{entry.name}"] = entry.moved(inverse)
         bias, _ = dense_bias(layer)
         if bias is not None:
             last = layer.ffn.last
@@ -105,7 +99,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 def dense_bias(layer: RoutedActivation) -> tuple[Tensor | None, bool]:
     """Output bias of the merged FFN and whether it was averaged; None to keep the FFN's own."""
-    own = bias_of(layer.ffn.last)
+    own = bias_of(base_of(layer.ffn.last))
     if layer.out_bias is None or own is None:
         return None, False
     untouched = split_bias(own, layer.num_experts, layer.bias_top_k)

@@ -5,6 +5,7 @@ The layers themselves are in `moduli.surgery.seam`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from moduli.errors import ModelError
 from moduli.routing import AvgKRouter
+from moduli.surgery.locate import stacks
 from moduli.surgery.seam import Pass, RoutedActivation
 
 
@@ -20,31 +22,65 @@ class ModelHook:
 
 
 class PassHook(ModelHook):
-    """Forward pre-hook of the whole model: notes which tokens are real, re-ties kept gates."""
+    """Forward pre-hook of the whole model: a new pass begins, so re-tie kept gates."""
 
-    def __init__(self, shared: Pass, position: int | None) -> None:
+    def __init__(self, shared: Pass) -> None:
         self.shared = shared
-        self.position = position  # of attention_mask among positional arguments
 
-    def __call__(
-        self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> None:
+    def __call__(self, model: nn.Module, args: object) -> None:
         if getattr(model, "_is_replica", False):
             raise ModelError(
                 "nn.DataParallel runs copies of a model in threads, which routed layers do not "
                 "support; start one process per device instead (torchrun), as for "
                 "DistributedDataParallel, or show the process one device"
             )
-        mask = kwargs.get("attention_mask")
-        if mask is None and self.position is not None and self.position < len(args):
-            mask = args[self.position]
-        known = isinstance(mask, Tensor) and mask.dim() == 2
-        self.shared.real = mask.bool() if isinstance(mask, Tensor) and known else None
         for layer in routed_layers(model).values():
             layer.auxiliary, layer.lost_auxiliary = None, False
             if isinstance(layer.router, AvgKRouter):
                 layer.router.update()
                 layer.router.stale = layer.training
+
+
+class MaskHook(ModelHook):
+    """Forward pre-hook of a stack (see `stacks`): notes which of its tokens are real."""
+
+    def __init__(self, shared: Pass, stack: str, position: int | None) -> None:
+        self.shared = shared
+        self.stack = stack
+        self.position = position  # of attention_mask among positional arguments
+
+    def __call__(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is None and self.position is not None and self.position < len(args):
+            mask = args[self.position]
+        known = isinstance(mask, Tensor) and mask.dim() == 2
+        self.shared.masks[self.stack] = mask.bool() if isinstance(mask, Tensor) and known else None
+
+
+def watch(model: nn.Module, shared: Pass) -> None:
+    """Register the hooks that keep `shared` up to date."""
+    model.register_forward_pre_hook(PassHook(shared), prepend=True)
+    for name, stack in stacks(model).items():
+        names = list(inspect.signature(stack.forward).parameters)
+        position = names.index("attention_mask") if "attention_mask" in names else None
+        stack.register_forward_pre_hook(
+            MaskHook(shared, name, position), with_kwargs=True, prepend=True
+        )
+
+
+def unwatch(model: nn.Module) -> None:
+    """Remove every hook of ours that is not on a single layer."""
+    for module in model.modules():
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key, hook in list[tuple[int, object]](hooks.items()):
+                if isinstance(hook, ModelHook):
+                    del hooks[key]
+                    flags.pop(key, None)
 
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedActivation]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moduli.surgery.fast import chosen_share, path_of
 from moduli.surgery.modular import dense, require_modular
 from moduli.surgery.partition.quality import split_quality
-from moduli.surgery.projection import bias_of
+from moduli.surgery.projection import base_of, bias_of
 from moduli.surgery.report import LayerReport
 from moduli.surgery.seam import RoutedActivation
 
@@ -84,10 +84,11 @@ def _error(layer: RoutedActivation, x: Float[Tensor, "*batch D"]) -> float:
     finally:
         layer.shared.dense = False
         layer.train(was)
-    bias = bias_of(layer.ffn.last)
+    bias = bias_of(base_of(layer.ffn.last))
     signal = full if bias is None else full - bias
-    real = layer.shared.real
-    if real is not None and real.shape == x.shape[:-1]:
+    real = layer.shared.real_tokens(x.shape[:-1], layer.ffn.name)
+    if real is not None:
+        real = real.reshape(x.shape[:-1])
         routed, full, signal = routed[real], full[real], signal[real]
     scale = float(signal.float().norm())
     return float((routed - full).float().norm()) / scale if scale > 0 else 0.0
@@ -96,32 +97,11 @@ def _error(layer: RoutedActivation, x: Float[Tensor, "*batch D"]) -> float:
 def ffn_output(layer: RoutedActivation, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
     """What the last projection returns for x, through the modules (masked path)."""
     ffn = layer.ffn
-    hidden = layer(ffn.first(x))
-    if ffn.up is not None:
-        hidden = hidden * ffn.up(x)
+    hidden = layer(ffn.first(x)[..., : ffn.width])
+    if ffn.gated:
+        hidden = hidden * ffn.up_output(x)
     y: Tensor = ffn.last(hidden)
     return y
-
-
-def probe_batch(model: nn.Module) -> tuple[str, dict[str, Tensor]] | None:
-    """A seeded batch of random inputs that fits the model, and its description.
-
-    Random inputs only tell the order of magnitude; pass real ones where there are some. None for
-    models whose inputs are neither tokens nor pixels.
-    """
-    config: Any = getattr(model, "config", None)
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    name = getattr(model, "main_input_name", "")
-    if name == "input_ids" and getattr(config, "vocab_size", None):
-        ids = torch.randint(0, config.vocab_size, (4, 32), generator=generator)
-        return "128 random tokens", {"input_ids": ids.to(device)}
-    size = getattr(config, "image_size", None)
-    if name == "pixel_values" and isinstance(size, int):
-        shape = (2, getattr(config, "num_channels", 3), size, size)
-        pixels = torch.randn(shape, generator=generator).to(device, next(model.parameters()).dtype)
-        return "2 random images", {"pixel_values": pixels}
-    return None
 
 
 def layer_report(layer: RoutedActivation, error: float | None) -> LayerReport:

@@ -1,10 +1,12 @@
-"""Linear maps as transformers holds them: `nn.Linear` [out, in] and GPT-2's `Conv1D` [in, out].
+"""Linear maps as models hold them: `nn.Linear` [out, in], GPT-2's `Conv1D` [in, out], and others.
 
-The only place that knows which dimension of a weight is which.
+The only place that knows which dimension of a weight is which, what an adapter wraps, and how to
+read the matrix of a projection that keeps it in a form of its own (quantised layers).
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,6 +25,37 @@ def is_stock(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and type(weight) in plain and weight.dim() == 2
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear map of any make: stock, quantised, sharded."""
+    if is_conv1d(module):
+        return True
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer inside a tuner's wrapper (PEFT calls it `base_layer`)."""
+    copies = full_copies(module)
+    if copies:
+        active = getattr(module, "active_adapters", ())
+        chosen = [copies[f"modules_to_save.{name}"] for name in active]
+        return chosen[0] if chosen else copies["original_module"]
+    inner = getattr(module, "base_layer", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def full_copies(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers in PEFT's `modules_to_save` wrapper, by name within it; empty for others."""
+    if type(module).__name__ != "ModulesToSaveWrapper":
+        return {}
+    names = ("original_module", "modules_to_save")
+    return {
+        name: inner
+        for name, inner in module.named_modules()
+        if name.split(".")[0] in names and is_stock(inner)
+    }
+
+
 def out_dim(module: nn.Module) -> int:
     """Dimension of `module.weight` that runs over outputs."""
     return 1 if is_conv1d(module) else 0
@@ -31,6 +64,15 @@ def out_dim(module: nn.Module) -> int:
 def in_dim(module: nn.Module) -> int:
     """Dimension of `module.weight` that runs over inputs."""
     return 1 - out_dim(module)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a projection, wrapped or not."""
+    base = base_of(module)
+    if is_conv1d(base):
+        inputs, outputs = weight_of(base).shape
+        return outputs, inputs
+    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -42,8 +84,10 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """The bias, or None."""
+    """The bias, or None; quantised layers may have a method that returns it."""
     bias = getattr(module, "bias", None)
+    if callable(bias) and not isinstance(bias, Tensor):
+        bias = bias()
     return bias if isinstance(bias, Tensor) else None
 
 
@@ -51,3 +95,21 @@ def rows(module: nn.Module) -> Float[Tensor, "out in"]:
     """The weight as [out, in]; a view."""
     weight = weight_of(module)
     return weight.T if is_conv1d(module) else weight
+
+
+def weight_rows(module: nn.Module) -> Float[Tensor, "out in"]:
+    """The matrix of a projection [out, in]: a view of a plain weight, else what it computes.
+
+    A quantised layer is asked for its outputs on the unit vectors, so that the result is the
+    matrix that it really applies, whatever its storage.
+    """
+    base = base_of(module)
+    if is_stock(base):
+        return rows(base)
+    floats = [t for t in (*base.parameters(), *base.buffers()) if t.is_floating_point()]
+    device = floats[0].device if floats else torch.device("cpu")
+    dtype = floats[0].dtype if floats else torch.float32
+    with torch.no_grad():
+        bias = bias_of(base)
+        columns: Tensor = base(torch.eye(shape_of(base)[1], dtype=dtype, device=device))
+        return (columns if bias is None else columns - bias).T

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
@@ -23,7 +23,7 @@ from moduli.experts.ffn import merged_out_bias
 from moduli.losses.balance import load_importance_loss, switch_loss
 from moduli.routing import AvgKRouter, RouteContext, Router, Routing
 from moduli.surgery.locate import FFN
-from moduli.surgery.projection import bias_of
+from moduli.surgery.projection import base_of, bias_of
 
 Select = Literal["gate", "up", "up_abs", "inter", "inter_abs"]
 Aux = Literal["none", "load_importance", "load_importance_paper", "switch"]
@@ -34,25 +34,37 @@ class Pass:
     """What all routed layers of one model share during a forward pass of it.
 
     Attributes:
-        real: [B, S] mask of real tokens, from the model's attention mask; None if unknown.
+        masks: [B, S] masks of real tokens, from the attention masks of the model, by the name of
+            the stack they belong to ("" for the whole model); None if unknown.
         dense: True while `moduli.dense` is active: every neuron takes part.
         record: called with (layer name, routing, real mask per token) for every routed layer.
         noise: standard normal samples by layer name, to reproduce a run.
     """
 
-    real: Tensor | None = None
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
     dense: bool = False
     record: Callable[[str, Routing, Tensor | None], None] | None = None
     noise: dict[str, Tensor] = field(default_factory=dict)
 
     def context(self, shape: torch.Size, training: bool, name: str) -> RouteContext:
         """The route context of a layer whose input has leading dimensions `shape`."""
-        real = self.real
-        if real is not None:
+        return RouteContext(
+            training=training, real=self.real_tokens(shape, name), noise=self.noise.get(name)
+        )
+
+    def real_tokens(self, shape: torch.Size, name: str) -> Bool[Tensor, " T"] | None:
+        """Which tokens of a layer are real; None if its stack got no mask that fits `shape`."""
+        for stack, mask in self.masks.items():
+            if mask is None or not f"{name}.".startswith(f"{stack}." if stack else ""):
+                continue
+            if len(shape) != 2 or mask.shape[0] != shape[0]:
+                continue
             # With a cache the mask is longer than the new tokens: the last columns are theirs.
-            fits = len(shape) == 2 and real.shape[0] == shape[0] and real.shape[1] >= shape[1]
-            real = real[:, -shape[1] :].reshape(-1) if fits else None
-        return RouteContext(training=training, real=real, noise=self.noise.get(name))
+            # An encoder has no cache; a longer mask is one of its input before it was shortened.
+            longer = mask.shape[1] > shape[1] and not stack.endswith("encoder")
+            if longer or mask.shape[1] == shape[1]:
+                return mask[:, -shape[1] :].reshape(-1)
+        return None
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class RoutedActivation(nn.Module):
     """Activation of an FFN whose neurons are grouped into experts, one after the other.
 
     Args:
-        ffn: the FFN, its neurons already in expert order.
+        ffn: the FFN, its neurons in expert order, or with `order` where they cannot be moved.
         sizes: neurons per expert, in order.
         router: scores and chooses.
         options: see `SeamOptions`.
@@ -115,7 +127,16 @@ class RoutedActivation(nn.Module):
         self.lost_auxiliary = False  # it was due, but gradients were off
         self._input: Tensor | None = None  # x of the FFN, stored by `remember_input`
         self._gates: Tensor | None = None  # [T, E], for the hook that adds the expert biases
+        self.register_buffer("order", ffn.order, persistent=False)
+        labels = None
+        if ffn.order is not None:
+            ordered = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+            labels = torch.empty_like(ordered).scatter_(0, ffn.order.cpu(), ordered)
+        self.register_buffer("labels", labels, persistent=False)
         self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
+
+    labels: Tensor | None  # expert of every neuron, where the neurons have not been moved
+    order: Tensor | None
 
     @property
     def ffn(self) -> FFN:
@@ -128,9 +149,7 @@ class RoutedActivation(nn.Module):
     @property
     def needs_input(self) -> bool:
         """Whether scores come from the FFN's input rather than from its pre-activations."""
-        router = self.router
-        by_keys = isinstance(router, AvgKRouter) and router.live and not router.normalize
-        return self.options.select != "gate" or not by_keys
+        return self.options.select != "gate" or not self.router.by_neurons
 
     def forward(self, z: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         if self.shared.dense:
@@ -145,6 +164,8 @@ class RoutedActivation(nn.Module):
         gates = routing.gates(self.num_experts).to(z.dtype)
         self._gates = gates if self.out_bias is not None else None
         hidden = self._activate(flat)
+        if self.labels is not None:
+            return (hidden * gates[:, self.labels]).reshape(z.shape)
         return mask_neurons(hidden, gates, self.sizes).reshape(z.shape)
 
     def route(self, scores: Float[Tensor, "T E"], lead: torch.Size) -> Routing:
@@ -167,8 +188,7 @@ class RoutedActivation(nn.Module):
 
     def _scores(self, z: Float[Tensor, "T F"]) -> Float[Tensor, "T E"]:
         if not self.needs_input:
-            assert isinstance(self.router, AvgKRouter)
-            return self.router.from_preactivations(z, bias_of(self.ffn.first))
+            return self._from_neurons(z, self.ffn.key_bias())
         if self._input is None:
             raise ModelError(
                 f"{self.ffn.name}: the router needs the FFN's input, but its first projection "
@@ -178,14 +198,19 @@ class RoutedActivation(nn.Module):
         x = x.reshape(-1, x.shape[-1])
         if self.options.select == "gate":
             return self.router.scores(x)
-        assert isinstance(self.router, AvgKRouter)
-        assert self.ffn.up is not None
-        quantity = self.ffn.up(x)
+        quantity = self.ffn.up_output(x)
         if self.options.select.startswith("inter"):
             quantity = self.activation(z) * quantity
         if self.options.select.endswith("abs"):
             quantity = quantity.abs()
-        return self.router.from_preactivations(quantity, None)
+        return self._from_neurons(quantity, None)
+
+    def _from_neurons(
+        self, z: Float[Tensor, "T F"], bias: Float[Tensor, " F"] | None
+    ) -> Float[Tensor, "T E"]:
+        """Scores from one number per neuron."""
+        z = z if self.order is None else z[:, self.order]
+        return self.router.from_preactivations(z, bias)
 
     def _activate(self, z: Float[Tensor, "T F"]) -> Float[Tensor, "T F"]:
         p, before = self.options.dropout, self.options.dropout_before
@@ -216,7 +241,7 @@ class RoutedActivation(nn.Module):
         """Forward hook on the last projection: its own bias out, those of the experts in."""
         if self.out_bias is None:
             return y
-        own = bias_of(self.ffn.last)
+        own = bias_of(base_of(self.ffn.last))
         plain = y if own is None else y - own.detach()
         if self._gates is None:
             return plain + merged_out_bias(self.out_bias, self.bias_top_k).to(y.dtype)
@@ -229,14 +254,14 @@ class RoutedActivation(nn.Module):
 
     def freeze_own_bias(self) -> None:
         """Stop training the FFN's output bias, whose share lies in the experts from now on."""
-        own = bias_of(self.ffn.last)
+        own = bias_of(base_of(self.ffn.last))
         if own is not None:
             self._own_bias_trained = own.requires_grad
             own.requires_grad_(False)
 
     def restore_own_bias(self) -> None:
         """Let the FFN's output bias train again if it did before."""
-        own = bias_of(self.ffn.last)
+        own = bias_of(base_of(self.ffn.last))
         if own is not None and self.out_bias is not None:
             own.requires_grad_(self._own_bias_trained)
 

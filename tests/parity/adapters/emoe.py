@@ -32,7 +32,8 @@ from moduli.routing import (
     slots,
 )
 from moduli.surgery.convert import Split, install, permute_neurons, split_bias
-from moduli.surgery.locate import FAMILIES, FFN
+from moduli.surgery.families import FAMILIES
+from moduli.surgery.locate import FFN
 from moduli.surgery.partition import balanced_clusters, explained_variance
 from moduli.surgery.partition.quality import unit_keys
 from moduli.surgery.seam import Pass, RoutedActivation, SeamOptions

@@ -12,17 +12,14 @@ Source: EMoE (NAACL 2024), qiuzh20/EMoE.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import nn
-
 from moduli.errors import ConfigError
-from moduli.methods.base import Method, Progress
+from moduli.methods.base import Progress, SplitMethod
 from moduli.routing.rule import Choose, Combine
-from moduli.surgery.layout import Layout
-from moduli.surgery.report import ConversionReport
+from moduli.surgery.conversion import Recipe
 from moduli.surgery.seam import Aux, Select
 
 # Settings left at None take these values, by preset.
@@ -53,7 +50,7 @@ PAPER_GATED = {**DEFAULTS[None], "out_bias": "shared"}
 
 
 @dataclass(frozen=True)
-class EMoE(Method):
+class EMoE(SplitMethod):
     """Settings of EMoE. None means: as the preset says.
 
     Attributes:
@@ -165,20 +162,8 @@ class EMoE(Method):
             object.__setattr__(new, f.name, changes.get(f.name, getattr(self, f.name)))
         return new
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        batch: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
-    ) -> ConversionReport:
-        """Split the chosen FFNs into experts; see `moduli.convert`."""
-        from moduli.methods.emoe.assemble import apply
+    def recipe(self, progress: Progress | None) -> Recipe:
+        """Labels, router and seam of EMoE."""
+        from moduli.methods.emoe.assemble import recipe
 
-        return apply(self, model, batch, progress)
-
-    def restore(self, model: nn.Module, layout: Layout, permuted: bool) -> None:
-        """Route a model that was read from a checkpoint."""
-        from moduli.methods.emoe.assemble import restore
-
-        restore(self, model, layout, permuted)
+        return recipe(self, progress)
