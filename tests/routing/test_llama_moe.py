@@ -13,6 +13,10 @@ from moduli.errors import ConfigError
 from moduli.losses.balance import cv_squared
 from moduli.losses.noisy_top_k import noisy_top_k_loss, smooth_load
 from moduli.routing import NoisyTopKRouter, RouteContext, Rule
+from moduli.surgery.convert import Split, install
+from moduli.surgery.locate import find_ffns
+from moduli.surgery.seam import Pass, SeamOptions
+from tests import tiny
 
 T, D, E = 11, 6, 5
 RULE = Rule(top_k=2, combine="softmax")
@@ -138,3 +142,22 @@ def test_the_loss_adds_importance_and_load_and_reaches_gate_and_noise() -> None:
     noise = (routing.noisy_scores - routing.scores).detach() / routing.spread.detach()
     after = router(x, RouteContext(training=True, noise=noise))
     assert noisy_top_k_loss(after.scores, after.noisy_scores, after.spread, 2) < before
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_in_a_host_the_task_loss_reaches_gate_and_noise(family: str) -> None:
+    model = tiny.build(family)
+    batch = tiny.batch(tiny.rows(family, 3))
+    ffn = find_ffns(model)[0]
+    split = Split(
+        lambda f, sizes: NoisyTopKRouter(tiny.WIDTH, len(sizes), RULE),
+        SeamOptions(path="masked"),
+        "shared",
+        RULE.top_k,
+    )
+    layer = install(ffn, (9,) * 4, split, Pass())
+    assert torch.equal(model(**batch).logits, model(**batch).logits)  # no noise in evaluation
+    model.train()
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+    model(**batch).loss.backward()
+    assert all(bool(p.grad.any()) for p in layer.router.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from moduli.surgery.partition import (
 )
 from moduli.surgery.partition.coactivation import RECTIFY
 from moduli.surgery.partition.graph import graph_edges, threshold
+from moduli.surgery.partition.observe import real_tokens
 from tests import tiny
 
 F = 12
@@ -201,3 +203,21 @@ def test_observing_shows_real_tokens_only(family: str) -> None:
         assert not z.requires_grad
     assert model.training
     assert not any(f.first._forward_hooks for f in ffns)
+
+
+def test_a_decoder_has_its_own_mask() -> None:
+    model = tiny.build("bert")
+    ffn = find_ffns(model)[0]
+    own = replace(ffn, name="decoder.block.0.layer.2")
+    batch = {
+        "attention_mask": torch.tensor([[1, 1, 0]]),
+        "decoder_attention_mask": torch.tensor([[1, 0, 0]]),
+    }
+    shape = torch.Size((1, 3))
+    # A decoder alone (OPT) names its layers so as well, and has one mask.
+    assert real_tokens(model, own, batch, shape).tolist() == [[True, True, False]]
+    model.config.is_encoder_decoder = True
+    assert real_tokens(model, own, batch, shape).tolist() == [[True, False, False]]
+    assert real_tokens(model, ffn, batch, shape).tolist() == [[True, True, False]]
+    assert real_tokens(model, ffn, batch, torch.Size((1, 4))) is None
+    assert real_tokens(model, ffn, {}, shape) is None
