@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moduli.methods.api import convert, load
     from moduli.methods.emoe import EMoE
     from moduli.surgery.checkpoint import save
+    from moduli.surgery.compose import compose
     from moduli.surgery.convert import set_top_k
     from moduli.surgery.merge import merge
     from moduli.surgery.modular import dense, is_modular
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "auxiliary_loss": "moduli.training.auxiliary",
+    "compose": "moduli.surgery.compose",
     "convert": "moduli.methods.api",
     "dense": "moduli.surgery.modular",
     "is_modular": "moduli.surgery.modular",
@@ -42,6 +44,7 @@ __all__ = [
     "ModuliError",
     "__version__",
     "auxiliary_loss",
+    "compose",
     "convert",
     "dense",
     "is_modular",

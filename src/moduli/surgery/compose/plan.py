@@ -121,7 +121,7 @@ class Plan:
             f"{self.recipe.top_k} per token, weights {_RULES[self.recipe.rule]}"
         )
         rows = [
-            (name, f"{count} x {list(shape)}", origin, _size(size))
+            (name, f"{count} x {list(shape)}", origin, _size(float(size)))
             for name, count, shape, origin, size in self.groups()
         ]
         columns = ("tensor", "shape", "from", "size")
@@ -132,7 +132,7 @@ class Plan:
         ]
         total = (
             f"{self.total_parameters:,} parameters, {self.active_parameters:,} active per token, "
-            f"{_size(self.bytes)}"
+            f"{_size(float(self.bytes))}"
         )
         return "\n".join([head, *lines, total, *(f"Note: {note}" for note in self.notes)])
 
