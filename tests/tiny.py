@@ -97,9 +97,11 @@ def initialise(make: Callable[[], Any], seed: int = 0, scale: float = 8.0) -> An
     model = make()
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.requires_grad:  # computed, not learned
+                continue
             if parameter.dim() == 2:
                 parameter.mul_(scale)
-            elif parameter.std() == 0:  # a bias or the weight of a norm
+            elif parameter.numel() > 1 and parameter.std() == 0:  # a bias or the weight of a norm
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 

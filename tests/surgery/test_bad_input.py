@@ -98,7 +98,7 @@ def test_layer_specs(spec: Any, indices: list[int]) -> None:
 
 
 def test_unknown_methods_and_names_get_suggestions() -> None:
-    with pytest.raises(UnknownNameError, match=r"no method 'emo'. Did you mean 'emoe'\?"):
+    with pytest.raises(UnknownNameError, match=r"no method 'emo'. Did you mean 'emoe' or 'gmoe'\?"):
         moduli.convert(make("bert"), "emo")
     with pytest.raises(AttributeError, match="EMoEE"):
         _ = moduli.EMoEE

@@ -11,8 +11,8 @@ from torch import nn
 from moduli.errors import ConfigError
 from moduli.methods.base import Method, Progress
 from moduli.methods.registry import get_method
-from moduli.surgery.checkpoint import load_own, read
 from moduli.surgery.convert import base_model, set_top_k
+from moduli.surgery.reading import load_own, read
 from moduli.surgery.report import ConversionReport
 from moduli.training.auxiliary import wire_auxiliary_loss
 

@@ -10,7 +10,15 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from moduli.errors import ConfigError, nearest
-from moduli.surgery.conversion import Progress, Recipe, restore_split, split_model
+from moduli.surgery.conversion import (
+    OwnedRecipe,
+    Progress,
+    Recipe,
+    own_model,
+    restore_owned,
+    restore_split,
+    split_model,
+)
 from moduli.surgery.layout import Layout
 from moduli.surgery.report import ConversionReport
 
@@ -95,4 +103,26 @@ class SplitMethod(Method):
         restore_split(model, layout, self.recipe(None).split, permuted=permuted)
 
 
-__all__ = ["Method", "Progress", "SplitMethod"]
+class OwnedMethod(Method):
+    """A method whose experts have parameters of their own; it says how by an `OwnedRecipe`."""
+
+    def recipe(self) -> OwnedRecipe:
+        """What `moduli.surgery.conversion` needs to know."""
+        raise TypeError(f"{type(self).__name__} does not define recipe()")
+
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        batch: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> ConversionReport:
+        """Replace the chosen FFNs by experts; see `moduli.convert`."""
+        return own_model(model, self.recipe(), batch=batch, progress=progress)
+
+    def restore(self, model: nn.Module, layout: Layout, permuted: bool) -> None:
+        """Give a model that was read from a checkpoint its experts again."""
+        restore_owned(model, layout, self.recipe().own)
+
+
+__all__ = ["Method", "OwnedMethod", "Progress", "SplitMethod"]

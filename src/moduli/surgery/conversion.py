@@ -1,27 +1,30 @@
-"""The steps that every method which splits FFNs shares: choose, group, install, measure, report.
+"""The steps that methods share: choose layers, make experts, install, measure, report.
 
-A method brings a `Recipe`: which layers, the expert of every neuron, the router.
+A method that splits FFNs brings a `Recipe`: which layers, the expert of every neuron, the router.
+A method whose experts have parameters of their own brings an `OwnedRecipe`.
 Letters: F neurons, E experts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from moduli.errors import CheckpointError
-from moduli.surgery.convert import Split, require_dense, split_ffns
+from moduli.surgery.convert import Split, own_ffns, require_dense, split_ffns
 from moduli.surgery.inputs import probe_batch
 from moduli.surgery.layers import LayerSpec, choose_layers
-from moduli.surgery.layout import Layout
+from moduli.surgery.layout import LayerLayout, Layout, OwnedLayout
 from moduli.surgery.locate import FFN, find_ffns, survey
+from moduli.surgery.owned import Own
 from moduli.surgery.probe import layer_report, output_errors
 from moduli.surgery.report import ConversionReport
+from moduli.surgery.routed import RoutedLayer
 
 Progress = Callable[[str], None]
 """Called with one line per step of a long conversion."""
@@ -52,6 +55,26 @@ class Recipe:
     check: Callable[[FFN], object]
 
 
+@dataclass(frozen=True)
+class OwnedRecipe:
+    """How one method gives the FFNs of a model experts of their own.
+
+    Attributes:
+        method, config, layers, num_experts, top_k, check: see `Recipe`.
+        members: the neurons of every expert of an FFN, and those that always take part (or None).
+        own: router, options and biases.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    layers: LayerSpec
+    num_experts: int
+    top_k: int
+    members: Callable[[FFN], tuple[Sequence[Int[Tensor, " _"]], Int[Tensor, " _"] | None]]
+    own: Own
+    check: Callable[[FFN], object]
+
+
 def split_model(
     model: nn.Module,
     recipe: Recipe,
@@ -71,20 +94,38 @@ def split_model(
         ModelError: no FFN that fits, or the model is modular already.
         ConfigError: settings that cannot work; the model is left as it was.
     """
+    return _converted(model, recipe, _split_chosen, batch, progress)
+
+
+def own_model(
+    model: nn.Module,
+    recipe: OwnedRecipe,
+    *,
+    batch: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Replace FFNs of `model` by experts of their own, in place; see `split_model`."""
+    return _converted(model, recipe, _own_chosen, batch, progress)
+
+
+R = TypeVar("R", Recipe, OwnedRecipe)
+
+
+def _converted(
+    model: nn.Module,
+    recipe: R,
+    install: Callable[[nn.Module, R, list[FFN], Progress], list[RoutedLayer]],
+    batch: Mapping[str, Any] | None,
+    progress: Progress | None,
+) -> ConversionReport:
     started = time.monotonic()
     require_dense(model)
-    found = find_ffns(model)
+    found, skipped = find_ffns(model), survey(model)[1]
     chosen = choose_layers(found, recipe.layers)
     for ffn in chosen:
         recipe.check(ffn)
-    labels = []
-    for ffn in chosen:
-        if progress is not None:
-            progress(f"{ffn.name}: {ffn.width} neurons, {recipe.num_experts} experts")
-        labels.append(recipe.labels(ffn))
-    routed = split_ffns(
-        model, chosen, labels, recipe.split(chosen[0]), recipe.method, recipe.config
-    )
+    before = sum(p.numel() for p in model.parameters())
+    routed = install(model, recipe, chosen, progress or (lambda line: None))
     errors, probe = measured_errors(model, batch)
     return ConversionReport(
         method=recipe.method,
@@ -93,10 +134,33 @@ def split_model(
         layers=[layer_report(layer, errors.get(layer.ffn.name)) for layer in routed],
         total_ffns=len(found),
         probe=probe,
-        added_parameters=sum(p.numel() for layer in routed for p in layer.parameters()),
+        added_parameters=sum(p.numel() for p in model.parameters()) - before,
         seconds=time.monotonic() - started,
-        skipped=[(r.name, r.reason) for r in survey(model)[1]],
+        skipped=[(r.name, r.reason) for r in skipped],
     )
+
+
+def _split_chosen(
+    model: nn.Module, recipe: Recipe, chosen: list[FFN], progress: Progress
+) -> list[RoutedLayer]:
+    labels = []
+    for ffn in chosen:
+        progress(f"{ffn.name}: {ffn.width} neurons, {recipe.num_experts} experts")
+        labels.append(recipe.labels(ffn))
+    split = recipe.split(chosen[0])
+    return [*split_ffns(model, chosen, labels, split, recipe.method, recipe.config)]
+
+
+def _own_chosen(
+    model: nn.Module, recipe: OwnedRecipe, chosen: list[FFN], progress: Progress
+) -> list[RoutedLayer]:
+    layers = []
+    for ffn in chosen:
+        progress(f"{ffn.name}: {recipe.num_experts} experts of their own")
+        members, residual = recipe.members(ffn)
+        layers.append(OwnedLayout(ffn.name, tuple(m.cpu() for m in members), residual))
+    layout = Layout(recipe.method, recipe.config, layers)
+    return [*own_ffns(model, chosen, layout, recipe.own)]
 
 
 def measured_errors(
@@ -116,13 +180,20 @@ def restore_split(
         CheckpointError: the layout does not fit the model.
     """
     ffns = laid_out(model, layout)
-    for ffn, layer in zip(ffns, layout.layers, strict=True):
-        if layer.labels.numel() != ffn.width:
-            raise CheckpointError(
-                f"{layer.labels.numel()} labels for the {ffn.width} neurons of {ffn.name}"
-            )
-    labels = [layer.labels for layer in layout.layers]
+    labels = [layer.labels for layer in layout.layers if isinstance(layer, LayerLayout)]
+    for ffn, one in zip(ffns, labels, strict=True):
+        if one.numel() != ffn.width:
+            raise CheckpointError(f"{one.numel()} labels for the {ffn.width} neurons of {ffn.name}")
     split_ffns(model, ffns, labels, split(ffns[0]), layout.method, layout.config, permuted=permuted)
+
+
+def restore_owned(model: nn.Module, layout: Layout, own: Own) -> None:
+    """Give the dense model of a checkpoint its experts again; their weights are loaded later.
+
+    Raises:
+        CheckpointError: the layout does not fit the model.
+    """
+    own_ffns(model, laid_out(model, layout), layout, own)
 
 
 def laid_out(model: nn.Module, layout: Layout) -> list[FFN]:

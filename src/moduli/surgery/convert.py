@@ -20,12 +20,14 @@ from moduli.errors import CheckpointError, ConfigError, ModelError
 from moduli.routing import Router
 from moduli.surgery.alignment import align_parameters
 from moduli.surgery.fast import FastFFN
-from moduli.surgery.layout import LayerLayout, Layout
+from moduli.surgery.layout import LayerLayout, Layout, OwnedLayout
 from moduli.surgery.locate import FFN
 from moduli.surgery.modular import PassHook, is_modular, require_modular, watch
 from moduli.surgery.neurons import permute_neurons
-from moduli.surgery.projection import base_of, bias_of
-from moduli.surgery.seam import Pass, RoutedActivation, SeamOptions
+from moduli.surgery.owned import Own, OwnedExperts, own_ffn, require_copyable
+from moduli.surgery.projection import base_of, bias_of, is_sharded
+from moduli.surgery.routed import Pass, SeamOptions
+from moduli.surgery.seam import RoutedActivation
 
 BuildRouter = Callable[[FFN, tuple[int, ...]], Router]
 
@@ -59,6 +61,12 @@ def base_model(model: nn.Module) -> nn.Module:
         raise ModelError(
             "the model is wrapped in DistributedDataParallel; convert it before wrapping, since "
             "conversion moves parameters"
+        )
+    if any(map(is_sharded, model.parameters())):
+        raise ModelError(
+            f"the weights of this {type(model).__name__} are sharded over processes (FSDP2 or "
+            "tensor parallelism); convert it before sharding, since conversion moves neurons and "
+            "may add parameters"
         )
     get_base = getattr(model, "get_base_model", None)
     base: nn.Module = model if get_base is None else get_base()
@@ -119,6 +127,26 @@ def split_ffns(
         routed.append(install(ffn, layer.sizes, split, shared))
     watch(model, shared)
     set_layout(model, Layout(method, config, layers))
+    return routed
+
+
+def own_ffns(model: nn.Module, ffns: Sequence[FFN], layout: Layout, own: Own) -> list[OwnedExperts]:
+    """Replace `ffns` by experts of their own as `layout` says; record it in `model.config`.
+
+    Raises:
+        ModelError: an FFN whose weights cannot be copied; nothing has changed.
+    """
+    layers = [layer for layer in layout.layers if isinstance(layer, OwnedLayout)]
+    for ffn in ffns:
+        require_copyable(ffn)
+    shared = Pass()
+    routed = [
+        own_ffn(model, ffn, layer.members, own, shared, layer.residual)
+        for ffn, layer in zip(ffns, layers, strict=True)
+    ]
+    align_parameters(model)
+    watch(model, shared)
+    set_layout(model, layout)
     return routed
 
 
@@ -198,7 +226,14 @@ def require_same_layout(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _orders(layout: Layout | None) -> dict[str, list[int]]:
-    return {} if layout is None else {x.name: x.labels.tolist() for x in layout.layers}
+    if layout is None:
+        return {}
+    return {
+        x.name: x.labels.tolist()
+        if isinstance(x, LayerLayout)
+        else [i for group in x.members for i in group.tolist()]
+        for x in layout.layers
+    }
 
 
 def set_layout(model: nn.Module, layout: Layout | None) -> None:

@@ -16,6 +16,7 @@ from moduli.experts.ffn import ExpertFFN
 from moduli.experts.kernels import run_experts
 from moduli.surgery.locate import FFN
 from moduli.surgery.projection import bias_of, is_stock, rows
+from moduli.surgery.routed import RoutedLayer
 from moduli.surgery.seam import RoutedActivation
 
 # Where the loop over experts beats masking on CPU, read off benchmarks/paths.py. Moving a token
@@ -119,15 +120,17 @@ def pays_off(layer: RoutedActivation) -> bool:
     return share * (1 + ROW_OVERHEAD / min(layer.sizes)) < MAX_COST
 
 
-def chosen_share(layer: RoutedActivation) -> float:
+def chosen_share(layer: RoutedLayer) -> float:
     """Experts that a token uses, as a share of all."""
     rule = layer.router.rule
     used = layer.num_experts - rule.top_k if rule.choose == "not_top" else rule.top_k
     return used / layer.num_experts
 
 
-def path_of(layer: RoutedActivation) -> str:
+def path_of(layer: RoutedLayer) -> str:
     """The path in words, for reports."""
+    if not isinstance(layer, RoutedActivation):
+        return "bank of experts"
     reason = obstacle(layer)
     if reason is not None:
         return f"masked ({reason})"

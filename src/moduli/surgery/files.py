@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from moduli.errors import CheckpointError
 
 MARKER = "moduli.json"
+OWN = "moduli.safetensors"
 
 
 @contextmanager

@@ -46,12 +46,24 @@ class LayerLayout:
 
 
 @dataclass(frozen=True, eq=False)
+class OwnedLayout:
+    """One FFN whose experts are copies: its block's name, and the neurons of every expert.
+
+    `residual` are the neurons that always take part; None for none.
+    """
+
+    name: str
+    members: tuple[Int[Tensor, " _"], ...]
+    residual: Int[Tensor, " _"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Method, its settings at conversion, the converted layers, and k if it was changed since."""
 
     method: str
     config: Mapping[str, Any]
-    layers: Sequence[LayerLayout]
+    layers: Sequence[LayerLayout | OwnedLayout]
     top_k: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,15 +73,7 @@ class Layout:
             "method": self.method,
             "config": dict(self.config),
             "top_k": self.top_k,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "neurons": layer.labels.numel(),
-                    "labels": _pack(layer.labels),
-                    "moved": layer.moved,
-                }
-                for layer in self.layers
-            ],
+            "layers": [_entry(layer) for layer in self.layers],
         }
 
     @classmethod
@@ -85,17 +89,37 @@ class Layout:
                 f"format {FORMAT}"
             )
         try:
-            layers = [
-                LayerLayout(
-                    entry["name"],
-                    _unpack(entry["labels"], entry["neurons"]),
-                    entry.get("moved", True),
-                )
-                for entry in data["layers"]
-            ]
+            layers = [_layer(entry) for entry in data["layers"]]
             return cls(data["method"], data["config"], layers, data.get("top_k"))
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise CheckpointError(f"the layout in the config is damaged: {error!r}") from error
+
+
+def _entry(layer: LayerLayout | OwnedLayout) -> dict[str, Any]:
+    if isinstance(layer, LayerLayout):
+        return {
+            "name": layer.name,
+            "neurons": layer.labels.numel(),
+            "labels": _pack(layer.labels),
+            "moved": layer.moved,
+        }
+    groups = [*layer.members, *([] if layer.residual is None else [layer.residual])]
+    return {
+        "name": layer.name,
+        "sizes": [m.numel() for m in layer.members],
+        "residual": None if layer.residual is None else layer.residual.numel(),
+        "members": _pack(torch.cat(groups)),
+    }
+
+
+def _layer(entry: Mapping[str, Any]) -> LayerLayout | OwnedLayout:
+    if "labels" in entry:
+        labels = _unpack(entry["labels"], entry["neurons"])
+        return LayerLayout(entry["name"], labels, entry.get("moved", True))
+    sizes = [*entry["sizes"], *([] if entry["residual"] is None else [entry["residual"]])]
+    groups = list(_unpack(entry["members"], sum(sizes)).split(sizes))
+    residual = None if entry["residual"] is None else groups.pop()
+    return OwnedLayout(entry["name"], tuple(groups), residual)
 
 
 def _pack(labels: Tensor) -> str:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from moduli.errors import ModelError
 from moduli.surgery.families import FAMILIES, Family
-from moduli.surgery.projection import base_of, bias_of, is_linear, is_stock, shape_of, weight_rows
+from moduli.surgery.projection import (
+    base_of,
+    bias_of,
+    is_linear,
+    is_stock,
+    shape_of,
+    weight_rows,
+    whole,
+)
 from moduli.surgery.structure import recognise
 
 
@@ -96,7 +104,7 @@ class FFN:
     def key_bias(self) -> Float[Tensor, " F"] | None:
         """Bias of the keys, or None."""
         bias = bias_of(base_of(self.first))
-        return None if bias is None else self._ordered(bias[: self.width])
+        return None if bias is None else self._ordered(whole(bias)[: self.width])
 
     def _ordered(self, tensor: Tensor) -> Tensor:
         return tensor if self.order is None else tensor[self.order.to(tensor.device)]
@@ -110,9 +118,10 @@ class FFN:
     def up_bias(self) -> Float[Tensor, " F"] | None:
         """Bias of the up projection of a gated FFN, or None."""
         if self.up is not None:
-            return bias_of(base_of(self.up))
+            bias = bias_of(base_of(self.up))
+            return None if bias is None else whole(bias)
         bias = bias_of(base_of(self.first)) if self.family.fused else None
-        return None if bias is None else bias[self.width :]
+        return None if bias is None else whole(bias)[self.width :]
 
     def up_output(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch F"]:
         """What a gated FFN multiplies the activations with, through its own modules."""

@@ -18,61 +18,119 @@ from moduli.surgery.convert import (
     split_bias,
     uninstall,
 )
+from moduli.surgery.layout import LayerLayout, OwnedLayout
 from moduli.surgery.modular import require_modular, unwatch
 from moduli.surgery.neurons import neuron_tensors, permute_neurons
-from moduli.surgery.projection import base_of, bias_of
+from moduli.surgery.owned import (
+    OwnedExperts,
+    disown,
+    is_faithful,
+    merged_experts,
+    projection_state,
+)
+from moduli.surgery.processes import gathered, reshard
+from moduli.surgery.projection import base_of, bias_of, placed_like, whole
 from moduli.surgery.report import MergeReport
+from moduli.surgery.routed import RoutedLayer
 from moduli.surgery.seam import RoutedActivation
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> MergeReport:
+def merge(model: nn.Module, *, exact: bool = False) -> MergeReport:
     """Make the model dense again, in place; all experts take part in every token from now on.
 
     Works through PEFT too: adapters on converted projections are moved to the original order of
-    neurons, so that they fit the original base model.
+    neurons, so that they fit the original base model. Of experts that are copies, every neuron
+    becomes the mean of its copies. Weights sharded by FSDP2 stay sharded; every process calls this.
+
+    Args:
+        model: a modular model.
+        exact: refuse if a dense FFN cannot compute what the experts do, instead of averaging.
 
     Returns:
         What was merged and whether anything had to be averaged.
 
     Raises:
-        ModelError: the model has no routed layers, or adapters that cannot be moved; it is left
-            as it was.
+        ModelError: the model has no routed layers, or adapters that cannot be moved, or `exact`
+            is impossible; it is left as it was.
     """
     layers = require_modular(model)
+    reshard(model)
     host, layout = recorded_layout(model)
-    for layer_layout in layout.layers:
-        if layer_layout.moved:  # raises before any change
-            neuron_tensors(_layer_named(layers, layer_layout.name).ffn)
+    for entry in layout.layers:  # whatever raises does so before any change
+        layer = _layer_named(layers, entry.name)
+        if isinstance(layer, RoutedActivation):
+            _require_movable(layer, entry)
+        if exact:
+            _require_exact(layer)
     averaged = []
-    for layer_layout in layout.layers:
-        layer = _layer_named(layers, layer_layout.name)
-        bias, changed = dense_bias(layer)
-        own = bias_of(base_of(layer.ffn.last))
-        if bias is not None and own is not None:
-            own.copy_(bias)
-        if changed:
-            averaged.append(f"output bias of {layer.ffn.name}")
-        uninstall(layer)
-        if layer_layout.moved:
-            permute_neurons(layer.ffn, layer_layout.order.argsort())
+    for entry in layout.layers:
+        layer = _layer_named(layers, entry.name)
+        if isinstance(layer, OwnedExperts):
+            if disown(host, layer):
+                averaged.append(f"experts of {entry.name}")
+        elif isinstance(layer, RoutedActivation) and _close_seam(layer, entry):
+            averaged.append(f"output bias of {entry.name}")
     unwatch(host)
     set_layout(host, None)
     return MergeReport([entry.name for entry in layout.layers], not averaged, averaged)
 
 
+def _close_seam(layer: RoutedActivation, entry: LayerLayout | OwnedLayout) -> bool:
+    """Make one split FFN dense again; whether its output bias had to be averaged."""
+    bias, changed = dense_bias(layer)
+    own = bias_of(base_of(layer.ffn.last))
+    if bias is not None and own is not None:
+        own.copy_(placed_like(bias, own))
+    uninstall(layer)
+    if isinstance(entry, LayerLayout) and entry.moved:
+        permute_neurons(layer.ffn, entry.order.argsort())
+    return changed
+
+
+def _require_movable(layer: RoutedActivation, entry: LayerLayout | OwnedLayout) -> None:
+    if isinstance(entry, LayerLayout) and entry.moved:
+        neuron_tensors(layer.ffn)
+
+
+def _require_exact(layer: RoutedLayer) -> None:
+    if isinstance(layer, OwnedExperts) and not is_faithful(layer):
+        raise ModelError(
+            f"{layer.ffn.name} cannot be merged exactly: its experts overlap or were trained "
+            "apart, and no single dense FFN computes what they do. merge(model) averages the "
+            "copies of every neuron; moduli.save measures what that changes"
+        )
+    if isinstance(layer, RoutedActivation) and dense_bias(layer)[1]:
+        raise ModelError(
+            f"{layer.ffn.name} cannot be merged exactly: the output biases of its experts were "
+            "trained apart. merge(model) averages them"
+        )
+
+
+def is_averaged(layer: RoutedLayer) -> bool:
+    """Whether merging has to average anything in this layer."""
+    if isinstance(layer, OwnedExperts):
+        return merged_experts(layer)[1]
+    return isinstance(layer, RoutedActivation) and dense_bias(layer)[1]
+
+
 @torch.no_grad()
-def dense_state(model: nn.Module) -> dict[str, Tensor]:
+def dense_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """State dict of the merged model, without touching the model.
 
     Only tensors of converted layers are copied; parameters of routers and experts are left out.
+    Sharded tensors are gathered, for which every process must call this.
+
+    Args:
+        model: a modular model.
+        keep: False in a process that only takes part in gathering; the result is of no use there.
 
     Raises:
         ModelError: the model has no routed layers.
     """
     layers = require_modular(model)
+    reshard(model)
     _, layout = recorded_layout(model)
-    state = dict(model.state_dict())
     ours = {
         id(tensor)
         for layer in layers.values()
@@ -80,20 +138,25 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
         if "modules_to_save." not in name  # a trained router is a part of the adapter, says PEFT
     }
     kept = model.state_dict(keep_vars=True)
-    state = {name: tensor for name, tensor in state.items() if id(kept[name]) not in ours}
+    state = gathered({n: tensor for n, tensor in kept.items() if id(tensor) not in ours}, keep)
     names = {id(module): name for name, module in model.named_modules()}
-    for layer_layout in layout.layers:
-        layer = _layer_named(layers, layer_layout.name)
-        prefix = names[id(layer.ffn.block)]
-        inverse = layer_layout.order.argsort()
-        if layer_layout.moved:
-            for entry in neuron_tensors(layer.ffn):
-                state[f"{prefix}.{entry.name}"] = entry.moved(inverse)
-        bias, _ = dense_bias(layer)
-        if bias is not None:
-            last = layer.ffn.last
-            path = layer.ffn.family.last + (".base_layer" if hasattr(last, "base_layer") else "")
-            state[f"{prefix}.{path}.bias"] = bias
+    for entry in layout.layers:
+        layer = _layer_named(layers, entry.name)
+        if isinstance(layer, OwnedExperts):
+            block = names[id(layer)].removesuffix(layer.path) + entry.name
+            for name, tensor in projection_state(layer, merged_experts(layer)[0]).items():
+                state[f"{block}.{name}"] = tensor
+        elif isinstance(layer, RoutedActivation):
+            prefix = names[id(layer.ffn.block)]
+            if isinstance(entry, LayerLayout) and entry.moved:
+                inverse = entry.order.argsort()
+                for part in neuron_tensors(layer.ffn):
+                    state[f"{prefix}.{part.name}"] = part.moved(inverse)
+            bias, _ = dense_bias(layer)
+            if bias is not None:
+                wrapped = hasattr(layer.ffn.last, "base_layer")
+                path = layer.ffn.family.last + (".base_layer" if wrapped else "")
+                state[f"{prefix}.{path}.bias"] = bias
     return state
 
 
@@ -102,13 +165,14 @@ def dense_bias(layer: RoutedActivation) -> tuple[Tensor | None, bool]:
     own = bias_of(base_of(layer.ffn.last))
     if layer.out_bias is None or own is None:
         return None, False
-    untouched = split_bias(own, layer.num_experts, layer.bias_top_k)
-    if torch.equal(layer.out_bias.to(untouched.dtype), untouched):
+    untouched = split_bias(whole(own), layer.num_experts, layer.bias_top_k)
+    out_bias = whole(layer.out_bias)
+    if torch.equal(out_bias.to(untouched.dtype), untouched):
         return None, False
-    return merged_out_bias(layer.out_bias, layer.bias_top_k).to(own.dtype), True
+    return merged_out_bias(out_bias, layer.bias_top_k).to(own.dtype), True
 
 
-def _layer_named(layers: dict[str, RoutedActivation], name: str) -> RoutedActivation:
+def _layer_named(layers: dict[str, RoutedLayer], name: str) -> RoutedLayer:
     if name not in layers:
         raise ModelError(f"the layout names {name!r}, which is not a routed layer of the model")
     return layers[name]

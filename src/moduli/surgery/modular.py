@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moduli.errors import ModelError
 from moduli.routing import AvgKRouter
 from moduli.surgery.locate import stacks
-from moduli.surgery.seam import Pass, RoutedActivation
+from moduli.surgery.routed import Pass, RoutedLayer
 
 
 class ModelHook:
@@ -83,12 +83,12 @@ def unwatch(model: nn.Module) -> None:
                     flags.pop(key, None)
 
 
-def routed_layers(model: nn.Module) -> dict[str, RoutedActivation]:
+def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     """Routed layers by the name of their FFN block, in model order."""
-    return {m.ffn.name: m for m in model.modules() if isinstance(m, RoutedActivation)}
+    return {m.ffn.name: m for m in model.modules() if isinstance(m, RoutedLayer)}
 
 
-def require_modular(model: nn.Module) -> dict[str, RoutedActivation]:
+def require_modular(model: nn.Module) -> dict[str, RoutedLayer]:
     """The routed layers.
 
     Raises:
@@ -105,7 +105,7 @@ def require_modular(model: nn.Module) -> dict[str, RoutedActivation]:
 
 def is_modular(model: nn.Module) -> bool:
     """Whether the model has routed layers."""
-    return any(isinstance(m, RoutedActivation) for m in model.modules())
+    return any(isinstance(m, RoutedLayer) for m in model.modules())
 
 
 @contextmanager

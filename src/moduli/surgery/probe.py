@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from moduli.surgery.fast import chosen_share, path_of
 from moduli.surgery.modular import dense, require_modular
+from moduli.surgery.owned import OwnedExperts, merged_experts
 from moduli.surgery.partition.quality import split_quality
 from moduli.surgery.projection import base_of, bias_of
 from moduli.surgery.report import LayerReport
-from moduli.surgery.seam import RoutedActivation
+from moduli.surgery.routed import RoutedLayer
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def output_errors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float
         return hook
 
     handles = [
-        layer.ffn.first.register_forward_pre_hook(keep(name)) for name, layer in layers.items()
+        layer.experts_input.register_forward_pre_hook(keep(name)) for name, layer in layers.items()
     ]
     training = model.training
     try:
@@ -74,7 +75,7 @@ def _first_tensor(output: Any) -> Tensor:
     return next(v for v in values if isinstance(v, Tensor) and v.dim() > 0).float()
 
 
-def _error(layer: RoutedActivation, x: Float[Tensor, "*batch D"]) -> float:
+def _error(layer: RoutedLayer, x: Float[Tensor, "*batch D"]) -> float:
     was = layer.training
     layer.eval()
     try:
@@ -84,7 +85,7 @@ def _error(layer: RoutedActivation, x: Float[Tensor, "*batch D"]) -> float:
     finally:
         layer.shared.dense = False
         layer.train(was)
-    bias = bias_of(base_of(layer.ffn.last))
+    bias = output_bias(layer)
     signal = full if bias is None else full - bias
     real = layer.shared.real_tokens(x.shape[:-1], layer.ffn.name)
     if real is not None:
@@ -94,8 +95,19 @@ def _error(layer: RoutedActivation, x: Float[Tensor, "*batch D"]) -> float:
     return float((routed - full).float().norm()) / scale if scale > 0 else 0.0
 
 
-def ffn_output(layer: RoutedActivation, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+def output_bias(layer: RoutedLayer) -> Tensor | None:
+    """Output bias [D] of the dense FFN, or None."""
+    if isinstance(layer, OwnedExperts):
+        merged = merged_experts(layer)[0].out_bias
+        return None if merged is None else merged[0]
+    return bias_of(base_of(layer.ffn.last))
+
+
+def ffn_output(layer: RoutedLayer, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
     """What the last projection returns for x, through the modules (masked path)."""
+    if isinstance(layer, OwnedExperts):
+        owned: Tensor = layer(x)
+        return owned
     ffn = layer.ffn
     hidden = layer(ffn.first(x)[..., : ffn.width])
     if ffn.gated:
@@ -104,21 +116,28 @@ def ffn_output(layer: RoutedActivation, x: Float[Tensor, "*batch D"]) -> Float[T
     return y
 
 
-def layer_report(layer: RoutedActivation, error: float | None) -> LayerReport:
+def layer_report(layer: RoutedLayer, error: float | None) -> LayerReport:
     """Sizes, quality, cost and path of one routed layer."""
-    ffn, sizes = layer.ffn, layer.sizes
-    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    matrices = 3 if ffn.gated else 2
-    dense_cost = matrices * ffn.hidden * ffn.width
-    chosen = chosen_share(layer)
-    gate = ffn.hidden * len(sizes)
+    sizes, family = layer.sizes, layer.ffn.family
+    neurons = sum(sizes) * chosen_share(layer)
+    if isinstance(layer, OwnedExperts):
+        hidden, width, quality = layer.hidden, layer.width, None
+        if layer.residual_members is not None:
+            neurons += layer.residual_members.numel()
+    else:
+        hidden, width = layer.ffn.hidden, layer.ffn.width
+        labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        quality = split_quality(layer.ffn.keys(), labels)
+    matrices = 3 if family.up is not None or family.fused else 2
+    dense_cost = matrices * hidden * width
+    gate = hidden * len(sizes)
     gate += sum(p.numel() for p in layer.router.parameters()) if layer.router.learned else 0
     return LayerReport(
-        name=ffn.name,
-        neurons=ffn.width,
+        name=layer.ffn.name,
+        neurons=width,
         sizes=(min(sizes), max(sizes)),
-        quality=split_quality(ffn.keys(), labels),
+        quality=quality,
         error=error,
-        cost=(chosen * dense_cost + gate) / dense_cost,
+        cost=(matrices * hidden * neurons + gate) / dense_cost,
         path=path_of(layer),
     )

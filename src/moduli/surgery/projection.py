@@ -1,10 +1,13 @@
 """Linear maps as models hold them: `nn.Linear` [out, in], GPT-2's `Conv1D` [in, out], and others.
 
 The only place that knows which dimension of a weight is which, what an adapter wraps, and how to
-read the matrix of a projection that keeps it in a form of its own (quantised layers).
+read the matrix of a projection that keeps it in a form of its own (quantised layers) or spread
+over processes (FSDP2).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,16 +16,57 @@ from torch import Tensor, nn
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the weight is stored [in, out]; by name, so that nothing has to be imported."""
-    return type(module).__name__ == "Conv1D"
+    return _class_name(module) == "Conv1D"
+
+
+def _class_name(module: nn.Module) -> str:
+    """Name of the class, without what `fully_shard` puts before it."""
+    return type(module).__name__.removeprefix("FSDP")
 
 
 def is_stock(module: nn.Module) -> bool:
     """Whether the module is exactly `nn.Linear` or `Conv1D` with a plain 2-D weight."""
-    if not (type(module) is nn.Linear or is_conv1d(module)):
+    if not (type(module) is nn.Linear or type(module).__name__ == "Conv1D"):
         return False
     weight = module.weight
-    plain: tuple[type, ...] = (nn.Parameter, Tensor)
-    return isinstance(weight, Tensor) and type(weight) in plain and weight.dim() == 2
+    return isinstance(weight, Tensor) and _is_plain(weight)
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether the weight is the matrix itself: a stock module's, be it whole or sharded."""
+    if is_stock(module):
+        return True
+    weight = getattr(module, "weight", None)
+    stock = _class_name(module) == "Linear" or is_conv1d(module)
+    return stock and isinstance(weight, Tensor) and (is_sharded(weight) or _is_plain(weight))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.dim() == 2
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether processes hold the tensor together, each a part of it (a `DTensor`)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; gathered if it is sharded, for which every process must call this."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    full: Tensor = sharded.full_tensor()
+    return full
+
+
+def placed_like(full: Tensor, tensor: Tensor) -> Tensor:
+    """`full` in the form of `tensor`: this process's part of it where that one is sharded."""
+    if not is_sharded(tensor):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = tensor
+    return distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -52,7 +96,7 @@ def full_copies(module: nn.Module) -> dict[str, nn.Module]:
     return {
         name: inner
         for name, inner in module.named_modules()
-        if name.split(".")[0] in names and is_stock(inner)
+        if name.split(".")[0] in names and is_matrix(inner)
     }
 
 
@@ -100,16 +144,17 @@ def rows(module: nn.Module) -> Float[Tensor, "out in"]:
 def weight_rows(module: nn.Module) -> Float[Tensor, "out in"]:
     """The matrix of a projection [out, in]: a view of a plain weight, else what it computes.
 
-    A quantised layer is asked for its outputs on the unit vectors, so that the result is the
-    matrix that it really applies, whatever its storage.
+    A sharded weight is gathered, for which every process must call this. A quantised layer is
+    asked for its outputs on the unit vectors, so that the result is the matrix that it really
+    applies, whatever its storage; hooks of the layer do not see that.
     """
     base = base_of(module)
-    if is_stock(base):
-        return rows(base)
+    if is_matrix(base):
+        return whole(rows(base))
     floats = [t for t in (*base.parameters(), *base.buffers()) if t.is_floating_point()]
     device = floats[0].device if floats else torch.device("cpu")
     dtype = floats[0].dtype if floats else torch.float32
     with torch.no_grad():
         bias = bias_of(base)
-        columns: Tensor = base(torch.eye(shape_of(base)[1], dtype=dtype, device=device))
+        columns: Tensor = base.forward(torch.eye(shape_of(base)[1], dtype=dtype, device=device))
         return (columns if bias is None else columns - bias).T

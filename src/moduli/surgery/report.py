@@ -20,7 +20,7 @@ class LayerReport:
         name: of the FFN's block.
         neurons: F.
         sizes: smallest and largest expert.
-        quality: see `SplitQuality`.
+        quality: see `SplitQuality`; None where experts are no partition of the neurons.
         error: |y_routed - y_dense| / |y_dense - b2| over the tokens of the probe; None if not
             measured.
         cost: multiply-adds of the layer's FFN per token relative to the dense one, gate included.
@@ -30,13 +30,14 @@ class LayerReport:
     name: str
     neurons: int
     sizes: tuple[int, int]
-    quality: SplitQuality
+    quality: SplitQuality | None
     error: float | None
     cost: float
     path: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "sizes": list(self.sizes), "quality": self.quality.to_dict()}
+        quality = None if self.quality is None else self.quality.to_dict()
+        return {**asdict(self), "sizes": list(self.sizes), "quality": quality}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ConversionReport:
                 layer.name,
                 str(layer.neurons),
                 _span(layer.sizes),
-                f"{layer.quality.share:.1%}",
+                "-" if layer.quality is None else f"{layer.quality.share:.1%}",
                 "-" if layer.error is None else f"{layer.error:.3f}",
                 f"{layer.cost:.2f}",
                 layer.path,

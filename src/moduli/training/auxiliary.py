@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moduli.errors import ModelError
 from moduli.surgery.modular import ModelHook, routed_layers
-from moduli.surgery.seam import RoutedActivation
+from moduli.surgery.routed import RoutedLayer
 
 _MARK = "_moduli_adds_auxiliary_loss"
 
@@ -52,7 +52,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
 
 def has_auxiliary(model: nn.Module) -> bool:
     """Whether any routed layer has an auxiliary loss."""
-    return any(isinstance(m, RoutedActivation) and m.options.aux != "none" for m in model.modules())
+    return any(isinstance(m, RoutedLayer) and m.options.aux != "none" for m in model.modules())
 
 
 class AddToOutput(ModelHook):

@@ -36,7 +36,8 @@ from moduli.surgery.families import FAMILIES
 from moduli.surgery.locate import FFN
 from moduli.surgery.partition import balanced_clusters, explained_variance
 from moduli.surgery.partition.quality import unit_keys
-from moduli.surgery.seam import Pass, RoutedActivation, SeamOptions
+from moduli.surgery.routed import Pass, SeamOptions
+from moduli.surgery.seam import RoutedActivation
 from tests.parity.adapters import emoe_splits
 from tests.parity.case import Case, Check
 

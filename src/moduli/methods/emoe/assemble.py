@@ -23,7 +23,7 @@ from moduli.surgery.partition import (
     contiguous_labels,
     random_labels,
 )
-from moduli.surgery.seam import SeamOptions
+from moduli.surgery.routed import SeamOptions
 
 
 def recipe(config: EMoE, progress: Progress | None) -> Recipe:

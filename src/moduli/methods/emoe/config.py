@@ -20,7 +20,7 @@ from moduli.errors import ConfigError
 from moduli.methods.base import Progress, SplitMethod
 from moduli.routing.rule import Choose, Combine
 from moduli.surgery.conversion import Recipe
-from moduli.surgery.seam import Aux, Select
+from moduli.surgery.routed import Aux, Select
 
 # Settings left at None take these values, by preset.
 DEFAULTS: dict[str | None, dict[str, Any]] = {

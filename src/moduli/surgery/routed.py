@@ -1,0 +1,173 @@
+"""What every routed layer has: a router, what it observes, and its auxiliary loss.
+
+Two kinds of layer stand on it: the activation seam over neurons of a dense FFN
+(`moduli.surgery.seam`) and banks of experts with parameters of their own
+(`moduli.surgery.owned`).
+
+Letters: B batch, S sequence, T tokens, D width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from moduli.losses.balance import load_importance_loss, switch_loss
+from moduli.routing import RouteContext, Router, Routing
+from moduli.surgery.locate import FFN
+
+Select = Literal["gate", "up", "up_abs", "inter", "inter_abs"]
+Aux = Literal["none", "load_importance", "load_importance_paper", "switch"]
+
+
+@dataclass
+class Pass:
+    """What all routed layers of one model share during a forward pass of it.
+
+    Attributes:
+        masks: [B, S] masks of real tokens, from the attention masks of the model, by the name of
+            the stack they belong to ("" for the whole model); None if unknown.
+        dense: True while `moduli.dense` is active: every neuron takes part.
+        record: called with (layer name, routing, real mask per token) for every routed layer.
+        noise: standard normal samples by layer name, to reproduce a run.
+    """
+
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
+    dense: bool = False
+    record: Callable[[str, Routing, Tensor | None], None] | None = None
+    noise: dict[str, Tensor] = field(default_factory=dict)
+
+    def context(self, shape: torch.Size, training: bool, name: str) -> RouteContext:
+        """The route context of a layer whose input has leading dimensions `shape`."""
+        return RouteContext(
+            training=training, real=self.real_tokens(shape, name), noise=self.noise.get(name)
+        )
+
+    def real_tokens(self, shape: torch.Size, name: str) -> Bool[Tensor, " T"] | None:
+        """Which tokens of a layer are real; None if its stack got no mask that fits `shape`."""
+        for stack, mask in self.masks.items():
+            if mask is None or not f"{name}.".startswith(f"{stack}." if stack else ""):
+                continue
+            if len(shape) != 2 or mask.shape[0] != shape[0]:
+                continue
+            # With a cache the mask is longer than the new tokens: the last columns are theirs.
+            # An encoder has no cache; a longer mask is one of its input before it was shortened.
+            longer = mask.shape[1] > shape[1] and not stack.endswith("encoder")
+            if longer or mask.shape[1] == shape[1]:
+                return mask[:, -shape[1] :].reshape(-1)
+        return None
+
+
+@dataclass(frozen=True)
+class SeamOptions:
+    """How a routed layer treats what lies around its routing.
+
+    Attributes:
+        select: which quantity scores experts of a gated FFN (avg-k on the gate projection, or
+            the mean over neurons of the named one).
+        aux: auxiliary loss of the layer, computed in training only.
+        aux_weight: its weight in the loss.
+        dropout: probability inside experts, in training.
+        dropout_before: drop pre-activations (EMoE's language code) instead of activations.
+        path: "auto" computes only chosen neurons where that is possible and pays off, "masked"
+            never, "fast" wherever it is possible.
+    """
+
+    select: Select = "gate"
+    aux: Aux = "none"
+    aux_weight: float = 0.01
+    dropout: float = 0.0
+    dropout_before: bool = False
+    path: Literal["auto", "masked", "fast"] = "auto"
+
+
+class RoutedLayer(nn.Module):
+    """An FFN that is computed by experts which a router chooses.
+
+    Args:
+        ffn: the FFN it stands for.
+        sizes: neurons per expert.
+        router: scores and chooses.
+        options: see `SeamOptions`.
+        shared: state of the pass, one object for all layers of a model.
+    """
+
+    def __init__(
+        self,
+        ffn: FFN,
+        sizes: tuple[int, ...],
+        router: Router,
+        options: SeamOptions,
+        shared: Pass,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.options = options
+        self.sizes = sizes
+        self.shared = shared
+        self._ffn = (ffn,)  # in a tuple, so that the block does not become a sub-module of itself
+        self.auxiliary: Tensor | None = None  # unweighted, of the last training forward
+        self.lost_auxiliary = False  # it was due, but gradients were off
+
+    @property
+    def ffn(self) -> FFN:
+        return self._ffn[0]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def path(self) -> str:
+        """Name of this module in the model."""
+        return f"{self.ffn.name}.{self.ffn.family.act}"
+
+    @property
+    def experts_input(self) -> nn.Module:
+        """The module whose input is that of the FFN."""
+        return self.ffn.first
+
+    def route(self, scores: Float[Tensor, "T E"], lead: torch.Size) -> Routing:
+        """Routing from scores, with everything that is observed on the way."""
+        context = self.shared.context(lead, self.training, self.ffn.name)
+        routing = self.router.select(scores, context)
+        if self.shared.record is not None:
+            self.shared.record(self.ffn.name, routing, context.real)
+        if self.training and self.options.aux != "none":
+            self.lost_auxiliary = not torch.is_grad_enabled()
+            if not self.lost_auxiliary:
+                self.auxiliary = self._auxiliary(routing, context)
+        return routing
+
+    @property
+    def _differentiable(self) -> bool:
+        """Whether anything uses the gradient of the scores."""
+        rule = self.router.rule
+        return self.options.aux != "none" or rule.combine != "one"
+
+    def _auxiliary(self, routing: Routing, context: RouteContext) -> Tensor:
+        assert routing.scores is not None
+        assert routing.noisy_scores is not None
+        scores, noisy, experts = routing.scores, routing.noisy_scores, routing.experts
+        if context.real is not None and not self.router.rule.route_padding:
+            keep = context.real
+            scores, noisy, experts = scores[keep], noisy[keep], experts[keep]
+        if self.options.aux == "switch":
+            return switch_loss(scores, experts)
+        rule = self.router.rule
+        paper = self.options.aux == "load_importance_paper"
+        compare = "probabilities" if paper else "scores"
+        return load_importance_loss(scores, noisy, rule.top_k, rule.noise, compare=compare)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors of the last pass have a graph, which can neither be copied nor pickled.
+        return {**self.__dict__, "auxiliary": None}
+
+    def extra_repr(self) -> str:
+        low, high = min(self.sizes), max(self.sizes)
+        return f"neurons={low}" if low == high else f"neurons={low}..{high}"
