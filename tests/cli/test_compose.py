@@ -71,6 +71,26 @@ def test_a_dry_run_says_what_goes_where_and_writes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_routers_can_be_trained_at_once(
+    options: list[str], tmp_path: Path, run_json: Run, fails: Run
+) -> None:
+    words = " ".join(f"w{i}" for i in range(3, 60))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join([words] * 12))
+    out = tmp_path / "out"
+    warm = ["--warm-up", str(text), "--warm-up-steps", "3"]
+    done = run_json("compose", "--json", *options, "--out", str(out), *warm)
+    assert len(done["warm_up_losses"]) == 3
+    plain = tmp_path / "plain"
+    run_json("compose", "--json", *options, "--out", str(plain))
+    trained, untrained = tensors(out), tensors(plain)
+    changed = {n for n in trained if not (trained[n] == untrained[n]).all()}
+    assert changed == {f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(2)}
+    lost = ["--out", str(tmp_path / "lost"), "--warm-up", str(tmp_path / "no.txt")]
+    assert "cannot be read" in fails(5, "compose", *options, *lost)
+    assert not (tmp_path / "lost").exists()
+
+
 def test_what_is_missing_is_said(
     sources: dict[str, str], options: list[str], tmp_path: Path, fails: Run
 ) -> None:

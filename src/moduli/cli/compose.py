@@ -72,6 +72,10 @@ class Compose(Common):
     """Of random gates and noise. Default: 0."""
     force: bool = False
     """Compose equal sources or equal prompts all the same."""
+    warm_up: Path | None = None
+    """Then train the routers, and nothing else, on the text of this file."""
+    warm_up_steps: int = 100
+    """Steps of that training."""
     device: str = "cpu"
     """On which the base reads the prompts."""
     max_shard_size: str = "5GB"
@@ -98,6 +102,7 @@ def main(argv: Sequence[str]) -> int:
         output.text(str(layout))
         return 0
     assert args.out is not None
+    texts = None if args.warm_up is None else _paragraphs(args.warm_up)
     report = compose_recipe(
         recipe,
         args.out,
@@ -105,9 +110,27 @@ def main(argv: Sequence[str]) -> int:
         max_shard_size=args.max_shard_size,
         on_event=output.note,
     )
-    output.data(report.to_dict())
+    losses: tuple[float, ...] = ()
+    if texts is not None:
+        from moduli.training.router_warmup import warm_up_checkpoint
+
+        output.note(f"training the routers for {args.warm_up_steps} steps")
+        losses = warm_up_checkpoint(args.out, texts, steps=args.warm_up_steps).losses
+    output.data(report.to_dict() | {"warm_up_losses": losses})
     output.text(str(report))
+    if losses:
+        output.text(f"routers trained: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
     return 0
+
+
+def _paragraphs(path: Path) -> list[str]:
+    from moduli.errors import DataError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from error
+    return [part for part in text.split("\n\n") if part.strip()]
 
 
 def _recipe(args: Compose, note: Any) -> Any:

@@ -8,17 +8,21 @@ Tensors start at multiples of a cache line where the format allows it, as in eve
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moduli.errors import ConfigError
+from moduli.errors import CheckpointError, ConfigError
 from moduli.surgery.alignment import LINE
+from moduli.surgery.files import check_readable, weight_files
 
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -69,6 +73,56 @@ def write_shards(
     return files
 
 
+def replace_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put other values in place of tensors of a checkpoint; each file changes as a whole.
+
+    Args:
+        folder: a directory with safetensors.
+        tensors: new values by name, in the stored shapes; they get the stored dtypes.
+
+    Raises:
+        CheckpointError: a tensor is not there in this shape, or a file cannot be written.
+    """
+    left = dict(tensors)
+    for path in weight_files(folder):
+        check_readable(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        mine = [name for name in left if name in header]
+        if not mine:
+            continue
+        temporary = path.with_name(path.name + ".new")
+        try:
+            shutil.copyfile(path, temporary)
+            with temporary.open("r+b") as file:
+                for name in mine:
+                    file.seek(8 + length + header[name]["data_offsets"][0])
+                    file.write(_stored(name, left.pop(name), header[name]))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise CheckpointError(f"could not write {path}: {error}; it is as it was") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    if left:
+        raise CheckpointError(f"{folder} has no tensor {sorted(left)[0]}")
+
+
+def _stored(name: str, tensor: Tensor, entry: Mapping[str, Any]) -> memoryview:
+    if list(tensor.shape) != entry["shape"]:
+        raise CheckpointError(f"{name} is stored as {entry['shape']}, not {list(tensor.shape)}")
+    dtype = next((d for d, code in _CODES.items() if code == entry["dtype"]), None)
+    if dtype is None:
+        raise CheckpointError(
+            f"{name} is stored as {entry['dtype']}, not as a number format we set"
+        )
+    return _bytes(tensor.detach().cpu().to(dtype))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data
+
+
 def size_in_bytes(text: str) -> int:
     """ "5GB" as a number of bytes, in powers of ten as transformers reads it.
 
@@ -110,7 +164,7 @@ def _write_file(path: Path, slots: Sequence[Slot], make: Callable[[Slot], Tensor
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for slot in order:
-            tensor = make(slot).to(slot.dtype).contiguous()
+            tensor = make(slot).to(slot.dtype)
             assert tuple(tensor.shape) == slot.shape, f"{slot.name} is {tuple(tensor.shape)}"
-            file.write(tensor.view(torch.uint8).numpy().data)
+            file.write(_bytes(tensor))
             del tensor
