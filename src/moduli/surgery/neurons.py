@@ -18,9 +18,11 @@ from moduli.surgery.projection import (
     bias_of,
     full_copies,
     in_dim,
-    is_stock,
+    is_matrix,
     out_dim,
+    placed_like,
     weight_of,
+    whole,
 )
 
 
@@ -41,11 +43,12 @@ class NeuronTensor:
     halves: int = 1
 
     def moved(self, order: Int[Tensor, " F"]) -> Tensor:
-        """A copy in which neuron order[i] is at position i."""
-        order = order.to(self.tensor.device)
+        """A copy in which neuron order[i] is at position i; gathered if the tensor is sharded."""
+        full = whole(self.tensor.detach())
+        order = order.to(full.device)
         if self.halves > 1:
             order = torch.cat([order + half * order.numel() for half in range(self.halves)])
-        return self.tensor.detach().index_select(self.dim, order)
+        return full.index_select(self.dim, order)
 
 
 def neuron_tensors(ffn: FFN) -> list[NeuronTensor]:
@@ -64,10 +67,12 @@ def neuron_tensors(ffn: FFN) -> list[NeuronTensor]:
         outward = path == ffn.family.last
         halves = 2 if ffn.family.fused and not outward else 1
         base = base_of(layer)
-        if not is_stock(base):
+        if not is_matrix(base):
             raise ModelError(
                 f"{ffn.name}.{path} is a {type(base).__name__} whose weight is not a plain "
-                "tensor, so its neurons cannot change places"
+                f"tensor but a {type(getattr(base, 'weight', None)).__name__}, so its neurons "
+                "cannot change places; merge before quantising, or convert after it (neurons "
+                "then stay where they are)"
             )
         plain = {"": layer} if base is layer else {"base_layer": base}
         for name, module in (full_copies(layer) or plain).items():
@@ -114,4 +119,4 @@ def _adapter_tensors(layer: nn.Module, outward: bool) -> list[tuple[str, Tensor,
 def permute_neurons(ffn: FFN, order: Int[Tensor, " F"]) -> None:
     """Move neuron order[i] to position i in every tensor of the FFN, adapters included."""
     for entry in neuron_tensors(ffn):
-        entry.tensor.copy_(entry.moved(order))
+        entry.tensor.copy_(placed_like(entry.moved(order), entry.tensor))
