@@ -228,8 +228,9 @@ def test_given_test_rows_stay_and_what_would_leak_into_them_goes(tmp_path: Path)
     assert sorted(got["test"]) == sorted(row["text"] for row in test)
     assert len(got["train"]) == 45
     assert len(got["validation"]) == 5
-    assert len(task.notes) == 1
-    assert task.notes[0].startswith("2 rows of train were left out")
+    (note, guess) = task.notes
+    assert note.startswith("2 rows of train were left out")
+    assert guess.startswith("Taken as classification")
 
 
 def test_a_train_file_that_is_the_test_file_is_refused(tmp_path: Path) -> None:
@@ -387,7 +388,8 @@ def test_rows_without_a_domain_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels", [[0.5, 1.25, 3.0], ["0.5", "1.25", "3"]])
 def test_real_numbers_are_no_classes(tmp_path: Path, labels: list[Any]) -> None:
     rows = [{"text": f"t {i}", "label": labels[i % 3]} for i in range(30)]
-    refused(write(tmp_path / "data.jsonl", rows), r"holds real numbers \(0.5\)")
+    name = write(tmp_path / "data.jsonl", rows)
+    refused(name, r"holds real numbers \(0.5\)", kind="classification")
 
 
 def test_a_column_of_identifiers_is_no_column_of_classes(tmp_path: Path) -> None:

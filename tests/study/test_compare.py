@@ -187,7 +187,8 @@ def test_the_model_handed_back_is_the_merged_one_bit_for_bit(
     assert result.identical
     assert result.texts == 48
     assert record.merged is not None
-    assert result.merged_accuracy == {d: s["accuracy"] for d, s in record.merged.items()}
+    assert result.metric == "accuracy"
+    assert result.merged == {d: s["accuracy"] for d, s in record.merged.items()}
     assert json.loads((target / "config.json").read_text()).get("moduli") is None
     lines: list[str] = []
     assert hand_back(record, root / record.spec.key, task, target, on_event=lines.append) == result

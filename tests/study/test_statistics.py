@@ -7,6 +7,9 @@ from scipy.stats import ttest_rel
 
 from moduli.study.statistics import paired_difference, summarise
 from moduli.study.wording import claim, points
+from moduli.training.metrics import CLASS_METRICS, LOSS
+
+ACCURACY = CLASS_METRICS[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -37,7 +40,7 @@ def test_without_a_spread_there_is_no_interval_and_no_claim(values: list[float])
     assert d.interval is None
     assert d.bootstrap is None
     assert d.sign == 0
-    assert "too little for an interval" in claim("a", "b", "in-domain", d)
+    assert "too little for an interval" in claim("a", "b", "in-domain", d, ACCURACY)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,15 @@ def test_without_a_spread_there_is_no_interval_and_no_claim(values: list[float])
 def test_sentences_say_what_the_interval_carries(values: list[float], said: str) -> None:
     d = paired_difference(dict(enumerate(values)), dict.fromkeys(range(3), 0.0))
     assert d is not None
-    assert claim("a", "b", "in-domain", d).startswith(said)
+    assert claim("a", "b", "in-domain", d, ACCURACY).startswith(said)
+
+
+def test_a_lower_loss_is_said_to_be_better() -> None:
+    d = paired_difference({0: -0.2, 1: -0.21, 2: -0.22}, dict.fromkeys(range(3), 0.0))
+    assert d is not None
+    said = claim("a", "b", "in-domain", d, LOSS)
+    assert said.startswith("a did better than b in-domain: its loss was lower by 0.210 (95 %")
+    assert "points" not in said
 
 
 def test_summary_is_the_sample_mean_and_deviation() -> None:

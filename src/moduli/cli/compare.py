@@ -79,10 +79,13 @@ def main(argv: Sequence[str]) -> int:
     write_report(study, report, command=["moduli", "compare", *argv])
     output.data({"report": str(report), **summary_dict(study)})
     result = tabulate(study)
-    output.text("accuracy in %, mean and standard deviation over seeds")
+    metric = result.metric
+    unit = " in %" if metric.share else "" if metric.higher_is_better else " (lower is better)"
+    output.text(f"{metric.title}{unit}, mean and standard deviation over seeds")
     output.text(mean_table(result), "")
     if len(result.rows) > 1:
-        output.text(f"difference to {result.rows[0].label}, in points, paired by seed")
+        points = ", in points" if metric.share else ""
+        output.text(f"difference to {result.rows[0].label}{points}, paired by seed")
         output.text(difference_table(result), "")
     output.text(*headline(result), "")
     output.text(f"report: {report}")

@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         f"{', bit for bit' if back.identical else ''}.",
         f"Merging changed {back.changed} of {back.texts} predictions of the routed model:",
         "",
-        accuracy_table({"routed": back.routed_accuracy, "merged": back.merged_accuracy}),
+        accuracy_table({"routed": back.routed, "merged": back.merged}),
         "",
         f"Report: {done.report}",
     )

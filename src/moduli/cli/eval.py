@@ -37,16 +37,21 @@ def main(argv: Sequence[str]) -> int:
     from moduli.cli.output import Output
     from moduli.cli.tables import score_table
     from moduli.data import load_task
-    from moduli.study.tuned import evaluate_task, load_tuned, trained_length
+    from moduli.study.tuned import evaluate_task, load_tuned, model_kind, trained_length
+    from moduli.training.kinds.base import get_kind
 
     output = Output(args.json)
-    model, tokenizer = load_tuned(args.model, dense=args.dense)
-    task = load_task(args.data, on_event=output.note, **args.data_options())
+    options = args.data_options()
+    if "kind" not in options and (known := model_kind(args.model)) is not None:
+        options["kind"] = known.name
+    task = load_task(args.data, on_event=output.note, **options)
     for note in task.notes:
         output.note(note)
+    kind = get_kind(task.kind)
+    model, processor = load_tuned(args.model, kind, dense=args.dense)
     scores = evaluate_task(
         model,
-        tokenizer,
+        processor,
         task,
         split=args.split,
         max_length=args.max_length or trained_length(args.model),
@@ -54,5 +59,5 @@ def main(argv: Sequence[str]) -> int:
     )
     shown = {name: score.to_dict() for name, score in scores.items()}
     output.data({"model": args.model, "split": args.split, "dense": args.dense, "scores": shown})
-    output.text(score_table(shown, None))
+    output.text(score_table(shown, None, kind))
     return 0

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from moduli.study.records import RunRecord
 from moduli.study.run import RunEvent
 from moduli.study.spec import RunSpec
+from moduli.study.wording import value
+from moduli.training.kinds.base import get_kind
 
 PIPE_SECONDS = 20.0
 
@@ -96,6 +98,8 @@ def _outcome(event: RunEvent) -> str:
         return f"failed, {detail.error}: {detail.message}"
     domain = detail.spec.train_domain
     score = detail.scores.get(domain)
-    shown = f"{domain} {100 * score['accuracy']:.1f} %" if score else "done"
+    metric = get_kind(detail.kind).primary
+    unit = " %" if metric.share else f" {metric.title}"
+    shown = f"{domain} {value(score[metric.name], metric)}{unit}" if score else "done"
     took = sum(detail.seconds.values())
     return f"{shown} ({'finished earlier' if event.stage == 'known' else f'{took:.0f} s'})"

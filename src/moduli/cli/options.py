@@ -33,6 +33,10 @@ class Data(Common):
     data: str
     """The task: "sentiment", csv:PATH, jsonl:PATH, parquet:PATH, or a name that
     datasets.load_dataset knows."""
+    kind: str | None = None
+    """What is to be learnt: classification, multilabel, regression, token-classification,
+    language-modeling, seq2seq, image-classification or audio-classification. Default: what the
+    columns of the file say."""
     domains: tuple[str, ...] = ()
     """Keep these domains only, in this order."""
     max_train: int | None = None
@@ -46,7 +50,19 @@ class Data(Common):
     text_pair_column: str | None = None
     """Own files: the column with a second text, for tasks on pairs."""
     label_column: str = "label"
-    """Own files: the column with the class."""
+    """Own files: the column with the class, the labels or the number."""
+    tokens_column: str = "tokens"
+    """Own files: the column with the words of a sentence."""
+    tags_column: str = "tags"
+    """Own files: the column with a tag for every word."""
+    source_column: str = "source"
+    """Own files: the column with the text to start from."""
+    target_column: str = "target"
+    """Own files: the column with the text to arrive at."""
+    image_column: str = "image"
+    """Own files: the column with images, as paths or bytes."""
+    audio_column: str = "audio"
+    """Own files: the column with sounds, as paths or bytes of wav files."""
     domain_column: str | None = None
     """Own files: the column that says which domain a row is from."""
     group_column: str | None = None

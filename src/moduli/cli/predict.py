@@ -1,4 +1,4 @@
-"""`moduli predict`: labels and probabilities for texts."""
+"""`moduli predict`: what a model makes of new inputs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,38 @@ from moduli.cli.options import Common, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(Common):
-    """Labels and probabilities for texts, one JSON object per line.
+    """What a tuned model makes of new inputs, one JSON object per line.
 
+    Classifiers give labels and probabilities, regression a value, taggers a tag per word,
+    language models the loss of the text, models from text to text what they write.
     --json prints one JSON document instead.
 
     examples:
       moduli predict --model runs/mine --text "a lovely film" "not for me"
       moduli predict --model runs/mine --data csv:unlabelled.csv > predictions.jsonl
+      moduli predict --model runs/vit --file cat.png
     """
 
     model: str
     """Directory of the model, or a Hugging Face name."""
     text: tuple[str, ...] = ()
     """Texts."""
+    file: tuple[str, ...] = ()
+    """Or image or wav files, for models of these."""
     data: str | None = None
-    """Or a file with texts: csv:PATH, jsonl:PATH or parquet:PATH. It needs no labels."""
+    """Or a table with inputs: csv:PATH, jsonl:PATH or parquet:PATH. It needs no labels."""
     text_column: str = "text"
     """The column with the texts."""
+    text_pair_column: str | None = None
+    """The column with the second texts, for models of pairs."""
+    tokens_column: str = "tokens"
+    """The column with the words of a sentence, for taggers."""
+    source_column: str = "source"
+    """The column with the texts to start from, for models from text to text."""
+    image_column: str = "image"
+    """The column with images."""
+    audio_column: str = "audio"
+    """The column with sounds."""
     dense: bool = False
     """Use the ordinary part, with plain transformers."""
     max_length: int | None = None
@@ -37,19 +52,31 @@ class Predict(Common):
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("predict", Predict, argv)
+    import dataclasses
     import json
 
     from moduli.cli.output import Output
+    from moduli.data.task import DataOptions
     from moduli.errors import ConfigError
-    from moduli.study.tuned import label_texts, load_tuned, read_texts, trained_length
+    from moduli.study import tuned
+    from moduli.training.kinds.base import get_kind
 
     output = Output(args.json)
-    if bool(args.text) == bool(args.data):
-        raise ConfigError("Give texts with --text, or a file with --data; one of the two.")
-    texts = list(args.text) or read_texts(str(args.data), args.text_column)
-    model, tokenizer = load_tuned(args.model, dense=args.dense)
-    length = args.max_length or trained_length(args.model)
-    predictions = label_texts(model, tokenizer, texts, max_length=length)
+    if sum(map(bool, (args.text, args.file, args.data))) != 1:
+        raise ConfigError(
+            "Give texts with --text, files with --file, or a table with --data; one of the three."
+        )
+    kind = tuned.model_kind(args.model) or get_kind("classification")
+    if args.data:
+        names = {f.name for f in dataclasses.fields(args)}
+        columns = {f.name for f in dataclasses.fields(DataOptions) if f.name in names}
+        options = DataOptions(**{name: getattr(args, name) for name in columns})
+        rows = tuned.read_inputs(args.data, kind, options)
+    else:
+        rows = tuned.given_inputs(args.text or args.file, kind, files=bool(args.file))
+    model, processor = tuned.load_tuned(args.model, kind, dense=args.dense)
+    length = args.max_length or tuned.trained_length(args.model)
+    predictions = tuned.describe_rows(model, processor, kind, rows, max_length=length)
     output.data({"model": args.model, "predictions": predictions})
     if not args.json:
         for prediction in predictions:

@@ -10,24 +10,23 @@ from rich.table import Table as RichTable
 from moduli.cli.output import table
 from moduli.study.statistics import PairedDifference
 from moduli.study.table import Table
-from moduli.study.wording import interval_text, percent, points
+from moduli.study.wording import difference, interval_text, percent, value
+from moduli.training.kinds.base import TaskKind
+from moduli.training.metrics import Metric
 
 
-def score_table(scores: Mapping[str, Mapping[str, Any]], train_domain: str | None) -> RichTable:
-    """One row per domain: accuracy, balanced accuracy, macro-F1, loss, n."""
+def score_table(
+    scores: Mapping[str, Mapping[str, Any]], train_domain: str | None, kind: TaskKind
+) -> RichTable:
+    """One row per domain: every metric of the kind, and n."""
     rows = []
-    for name, score in scores.items():
-        rows.append(
-            (
-                f"{name} (trained on)" if name == train_domain else name,
-                percent(score["accuracy"]),
-                percent(score["balanced_accuracy"]),
-                percent(score["macro_f1"]),
-                f"{score['loss']:.3f}",
-                str(score["n"]),
-            )
-        )
-    return table(("domain", "accuracy", "balanced", "macro-F1", "loss", "n"), rows)
+    for name, found in scores.items():
+        title = f"{name} (trained on)" if name == train_domain else name
+        numbers = [value(found[metric.name], metric) for metric in kind.metrics]
+        rows.append((title, *numbers, str(found["n"])))
+    # a column is one word wide: "balanced", "micro-F1", "loss"
+    titles = [metric.title.split(" ")[0] for metric in kind.metrics]
+    return table(("domain", *titles, "n"), rows)
 
 
 def accuracy_table(rows: Mapping[str, Mapping[str, float]]) -> RichTable:
@@ -38,13 +37,14 @@ def accuracy_table(rows: Mapping[str, Mapping[str, float]]) -> RichTable:
 
 
 def mean_table(result: Table) -> RichTable:
-    """Mean and standard deviation in every column, in percent."""
+    """Mean and standard deviation in every column; shares in percent."""
     rows = []
     for row in result.rows:
         cells = [row.label]
         for cell in row.cells:
-            sd = "" if cell.summary.sd is None else f" ±{100 * cell.summary.sd:.1f}"
-            cells.append(f"{percent(cell.summary.mean)}{sd}")
+            sd = cell.summary.sd
+            spread = "" if sd is None else f" ±{value(sd, result.metric)}"
+            cells.append(f"{value(cell.summary.mean, result.metric)}{spread}")
         rows.append(cells)
     return table(("", *_titles(result)), rows)
 
@@ -55,17 +55,17 @@ def difference_table(result: Table) -> RichTable:
     for row in result.rows[1:]:
         for title, cell in zip(_titles(result), row.cells, strict=True):
             if cell.difference is not None:
-                rows.append((row.label, title, *_difference(cell.difference)))
+                rows.append((row.label, title, *_difference(cell.difference, result.metric)))
     columns = ("", "tested on", "mean", "95 % (paired t)", "bootstrap", "per seed")
     return table(columns, rows, text=2)
 
 
-def _difference(d: PairedDifference) -> Iterable[str]:
+def _difference(d: PairedDifference, metric: Metric) -> Iterable[str]:
     return (
-        points(d.mean),
-        interval_text(d.interval),
-        interval_text(d.bootstrap),
-        " ".join(points(value) for value in d.values),
+        difference(d.mean, metric),
+        interval_text(d.interval, metric),
+        interval_text(d.bootstrap, metric),
+        " ".join(difference(one, metric) for one in d.values),
     )
 
 

@@ -24,6 +24,7 @@ class Tune(Training):
       moduli tune --model minilm --data sentiment --train-domain amazon emoe --num-experts 64
       moduli tune --model minilm --data csv:reviews.csv --domain-column source dense
       moduli tune --model ./my-bert --data jsonl:a.jsonl,test=b.jsonl --out runs/mine emoe
+      moduli tune --model smollm2 --data csv:notes.csv --kind language-modeling emoe
     """
 
     out: Path | None = None
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from moduli.study.compare import check
     from moduli.study.run import execute
     from moduli.study.spec import MethodSpec, Plan
+    from moduli.training.kinds.base import get_kind
 
     output = Output(args.json)
     task = load_task(args.data, on_event=output.note, **args.data_options())
@@ -68,10 +70,11 @@ def main(argv: Sequence[str]) -> int:
             on_event=progress.show,
         )
     output.data({"directory": str(target), **record.to_dict()})
-    output.text(score_table(record.scores, spec.train_domain))
+    kind = get_kind(record.kind)
+    output.text(score_table(record.scores, spec.train_domain, kind))
     if record.merged is not None and record.changed is not None:
         output.text("", "merged back to dense (what plain transformers loads):")
-        output.text(score_table(record.merged, spec.train_domain))
+        output.text(score_table(record.merged, spec.train_domain, kind))
         tested = sum(int(score["n"]) for score in record.scores.values())
         output.text(f"merging changed {sum(record.changed.values())} of {tested} predictions")
     output.text("", f"written to {target}")

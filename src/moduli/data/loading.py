@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moduli.data.fetching import fetch
+from moduli.data.kinds import data_kind, guess_kind
 from moduli.data.readers import READERS, read_files, read_hub
 from moduli.data.rows import checked_rows
 from moduli.data.sentiment import DOMAINS, LABEL_NAMES, sentiment_rows
@@ -30,7 +31,8 @@ def load_task(name: str, *, on_event: Event | None = None, **options: Any) -> Ta
         **options: fields of `DataOptions`.
 
     Raises:
-        UnknownNameError: an option does not exist, or a name is nearly that of a named task.
+        UnknownNameError: an option or a kind does not exist, or a name is nearly that of a named
+            task.
         ConfigError: an option has a value that cannot work.
         DataError: the data cannot be read, or cannot be trained and tested on.
         FetchError: a named task cannot be fetched.
@@ -44,18 +46,24 @@ def load_task(name: str, *, on_event: Event | None = None, **options: Any) -> Ta
     elif options.get("domains") is not None:
         options["domains"] = tuple(options["domains"])
     settings = DataOptions(**options)
+    asked = None if settings.kind is None else data_kind(settings.kind)
     if name in _NAMED:
         return _NAMED[name](settings, on_event)
-    kind, colon, spec = name.partition(":")
+    prefix, colon, spec = name.partition(":")
     notes: list[str] = []
-    if colon and kind in READERS:
-        tables = read_files(kind, spec, settings)
+    if colon and prefix in READERS:
+        tables = read_files(prefix, spec, settings)
     else:
         _refuse_near_misses(name)
         tables, notes = read_hub(name, settings)
-    rows, label_names, more = checked_rows(tables, settings)
-    domains, removed = split_rows(rows, label_names, settings)
-    return Task(name, "classification", label_names, domains, (*notes, *more, *removed))
+    if asked is None:
+        kind, reason = guess_kind(tables[0].columns, tables[0].class_names, settings)
+        guessed = [f"Taken as {kind.name}: {reason}. The option kind says otherwise."]
+    else:
+        kind, guessed = asked, []
+    rows, label_names, more = checked_rows(tables, settings, kind)
+    domains, removed = split_rows(rows, label_names, settings, kind)
+    return Task(name, kind.name, label_names, domains, (*notes, *more, *removed, *guessed))
 
 
 def task_names() -> list[str]:
@@ -64,15 +72,21 @@ def task_names() -> list[str]:
 
 
 def _sentiment(options: DataOptions, on_event: Event | None) -> Task:
-    fixed = ("text_column", "text_pair_column", "label_column", "domain_column", "group_column")
-    for field in dataclasses.fields(DataOptions):
-        if field.name in fixed and getattr(options, field.name) != field.default:
-            raise ConfigError(
-                f"{field.name} is for own files; the task 'sentiment' has its columns fixed."
-            )
+    _refuse_columns("sentiment", "classification", options)
     rows = sentiment_rows(fetch("sentiment", on_event=on_event))
-    domains, notes = split_rows(rows, LABEL_NAMES, options, DOMAINS)
+    domains, notes = split_rows(rows, LABEL_NAMES, options, data_kind("classification"), DOMAINS)
     return Task("sentiment", "classification", LABEL_NAMES, domains, tuple(notes))
+
+
+def _refuse_columns(task: str, kind: str, options: DataOptions) -> None:
+    """Named tasks have one kind, and their columns are fixed."""
+    if options.kind not in (None, kind):
+        raise ConfigError(f"The task {task!r} is one of {kind}, not of {options.kind}.")
+    for field in dataclasses.fields(DataOptions):
+        if field.name.endswith("_column") and getattr(options, field.name) != field.default:
+            raise ConfigError(
+                f"{field.name} is for own files; the task {task!r} has its columns fixed."
+            )
 
 
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}

@@ -5,6 +5,7 @@ Files are read strictly: a line that does not fit is an error with its number, n
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def read_files(kind: str, spec: str, options: DataOptions) -> list[Table]:
             ) from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
-        tables.append(Table(str(path), columns, split if others else None))
+        parent = path.absolute().parent
+        tables.append(Table(str(path), columns, split if others else None, folder=parent))
     return tables
 
 
@@ -82,8 +84,9 @@ def read_hub(name: str, options: DataOptions) -> tuple[list[Table], list[str]]:
     tables = []
     for split, data in loaded.items():
         source = f"{name} ({split})"
-        feature = data.features.get(options.label_column)
-        names = getattr(feature, "names", None)
+        named = {c: names for c in data.column_names if (names := _names(data.features[c]))}
+        names = named.get(options.label_column)
+        data = _undecoded(data)
         columns = {c: list(data[c]) for c in data.column_names if c in _wanted(options)}
         # the others are known by name only, for messages
         columns |= {c: [] for c in data.column_names if c not in columns}
@@ -96,7 +99,7 @@ def read_hub(name: str, options: DataOptions) -> tuple[list[Table], list[str]]:
             continue
         if names:
             columns[options.label_column] = [None if v == -1 else v for v in labels]
-        tables.append(Table(source, columns, known, tuple(names) if names else None))
+        tables.append(Table(source, columns, known, named))
     if len(tables) == 1:
         only = tables[0]
         tables = [Table(only.source, only.columns, None, only.class_names)]
@@ -106,13 +109,26 @@ def read_hub(name: str, options: DataOptions) -> tuple[list[Table], list[str]]:
 
 
 def _wanted(options: DataOptions) -> set[str | None]:
-    return {
-        options.text_column,
-        options.text_pair_column,
-        options.label_column,
-        options.domain_column,
-        options.group_column,
-    }
+    fields = [f.name for f in dataclasses.fields(options) if f.name.endswith("_column")]
+    return {getattr(options, name) for name in fields}
+
+
+def _names(feature: Any) -> tuple[str, ...] | None:
+    """The names of the integers of a column, or of the lists of integers in it."""
+    names = getattr(feature, "names", None) or getattr(
+        getattr(feature, "feature", None), "names", None
+    )
+    return tuple(names) if names else None
+
+
+def _undecoded(data: Any) -> Any:
+    """Images and sound as paths or bytes; they are decoded batch by batch, in training."""
+    from datasets import Audio, Image
+
+    for column, feature in data.features.items():
+        if isinstance(feature, (Audio, Image)):
+            data = data.cast_column(column, type(feature)(decode=False))
+    return data
 
 
 def _neighbours(path: Path) -> str:
@@ -125,8 +141,8 @@ def _neighbours(path: Path) -> str:
 
 def _read_csv(path: Path, _options: DataOptions) -> dict[str, list[Any]]:
     """All columns as text; tabs separate them if the name ends in .tsv."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.csv as pacsv  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.csv as pacsv
 
     delimiter = "\t" if path.suffix == ".tsv" else ","
     parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
@@ -175,7 +191,7 @@ def _read_jsonl(path: Path, _options: DataOptions) -> dict[str, list[Any]]:
 
 def _read_parquet(path: Path, options: DataOptions) -> dict[str, list[Any]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moduli.data.kinds import data_kind
 from moduli.data.rows import Row
 from moduli.errors import DataError
 
@@ -33,10 +34,11 @@ def sentiment_rows(directory: Path) -> list[Row]:
     Raises:
         DataError: a file is not what the package ships.
     """
+    kind = data_kind("classification")
     return [
         Row(
-            text=text,
-            label=int(rating > 0),
+            values=(values := {"text": text, "label": int(rating > 0)}),
+            content=kind.content(values),
             domain=domain,
             group=f"{domain} {key.rpartition('_')[0]}" if domain in _DOCUMENTS else None,
         )

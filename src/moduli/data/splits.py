@@ -1,8 +1,9 @@
-"""Splits without leaks: a document or a repeated text is never in two splits.
+"""Splits without leaks: a document or a repeated input is never in two splits.
 
-Rows that share a document or a (normalised) text are one component, also across domains, and a
-component goes to one split as a whole. Components are ordered by a seeded hash of their content,
-so the split does not depend on the order of the file, and a row that is added moves few others.
+Rows that share a document, a (normalised) text, or an image or sound byte for byte are one
+component, also across domains, and a component goes to one split as a whole. Components are
+ordered by a seeded hash of their content, so the split does not depend on the order of the file,
+and a row that is added moves few others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moduli.data.kinds import DataKind
 from moduli.data.rows import Row
 from moduli.data.task import DataOptions, Splits
 from moduli.errors import DataError, nearest
@@ -26,6 +28,7 @@ def split_rows(
     rows: Sequence[Row],
     names: tuple[str, ...],
     options: DataOptions,
+    kind: DataKind,
     order: Sequence[str] | None = None,
 ) -> tuple[dict[str, Splits], list[str]]:
     """Splits of every domain, and notes on rows that were removed because they would leak.
@@ -33,8 +36,9 @@ def split_rows(
     Args:
         rows: where `row.split` is None, or "train" while another split is not given, the split is
             decided here: cut by row counts at 1 - validation - test and 1 - test of each domain.
-        names: the classes.
+        names: of the labels.
         options: sizes, seed, limits, domains.
+        kind: what the columns hold.
         order: the domains in order; sorted names by default.
 
     Raises:
@@ -66,7 +70,7 @@ def split_rows(
             for split in SPLITS
         }
         _check_parts(name, parts, options, given)
-        domains[name] = Splits(**{s: _dataset(parts[s], names, options, s) for s in SPLITS})
+        domains[name] = Splits(**{s: _dataset(parts[s], names, options, kind, s) for s in SPLITS})
     notes = [
         f"{count} rows of {lost} were left out: their text or document is in {kept} as well."
         for (lost, kept), count in sorted(removed.items())
@@ -123,7 +127,7 @@ def _components(rows: Sequence[Row]) -> list[list[int]]:
 
     owner: dict[tuple[str, str], int] = {}
     for i, row in enumerate(rows):
-        keys = [("text", _content(row))]
+        keys = [("content", row.content)]
         if row.group is not None:
             keys.append(("group", row.group))
         for key in keys:
@@ -134,15 +138,9 @@ def _components(rows: Sequence[Row]) -> list[list[int]]:
     return list(members.values())
 
 
-def _content(row: Row) -> str:
-    """The text as it counts for repetition: case and white space do not make another text."""
-    parts = (row.text, row.pair or "")
-    return "\n".join(" ".join(part.casefold().split()) for part in parts)
-
-
 def _digest(row: Row, seed: int) -> bytes:
     salt = seed.to_bytes(16, "little", signed=True)
-    return hashlib.blake2b(_content(row).encode("utf-8", "surrogatepass"), salt=salt).digest()
+    return hashlib.blake2b(row.content.encode("utf-8", "surrogatepass"), salt=salt).digest()
 
 
 def _check_parts(name: str, parts: dict[str, list[Row]], options: DataOptions, given: bool) -> None:
@@ -160,20 +158,15 @@ def _check_parts(name: str, parts: dict[str, list[Row]], options: DataOptions, g
 
 
 def _dataset(
-    rows: list[Row], names: tuple[str, ...], options: DataOptions, split: str
+    rows: list[Row], names: tuple[str, ...], options: DataOptions, kind: DataKind, split: str
 ) -> Dataset | None:
     if not rows:
         return None
-    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Dataset
 
     # rows, not documents, in shuffled order: the first n are a fair sample of the split
-    rows = sorted(rows, key=lambda row: (_digest(row, options.seed), row.text, row.label))
+    rows = sorted(rows, key=lambda row: (_digest(row, options.seed), repr(row.values)))
     rows = rows[: getattr(options, f"max_{split}")]
-    columns: dict[str, list[str | int | None]] = {"text": [row.text for row in rows]}
-    features = {"text": Value("string")}
-    if any(row.pair is not None for row in rows):
-        columns["text_pair"] = [row.pair for row in rows]
-        features["text_pair"] = Value("string")
-    columns["label"] = [row.label for row in rows]
-    features["label"] = ClassLabel(names=list(names))
-    return Dataset.from_dict(columns, features=Features(features))
+    features = kind.features(names, set(rows[0].values))
+    columns = {name: [row.values[name] for row in rows] for name in features}
+    return Dataset.from_dict(columns, features=features)

@@ -1,14 +1,14 @@
 """What training and evaluation consume: a task with domains, each split in three.
 
 Every way to name data (`moduli.data.loading`) ends here, so the rest of the library knows one
-form: `datasets.Dataset` tables with the columns "text" (str), "label" (int) and, for tasks on
-pairs, "text_pair" (str).
+form: `datasets.Dataset` tables with the columns of the task's kind (`moduli.data.kinds`): for
+text classification "text" (str), "label" (int) and, for tasks on pairs, "text_pair" (str).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from moduli.errors import ConfigError
 
@@ -39,14 +39,15 @@ class Task:
 
     Attributes:
         name: as it was given to `load_task`.
-        kind: what is learnt; it decides the head and the metrics.
-        label_names: name of every class, in the order of the integers in "label".
+        kind: what is learnt, a name in `moduli.data.kinds`; it decides the head and the metrics.
+        label_names: name of every class, label or tag, in the order of their integers; empty for
+            kinds that have none (numbers and texts).
         domains: splits of every domain, in a fixed order; a task without domains has one, "all".
         notes: what was left out and why, one sentence each; to be shown to the user.
     """
 
     name: str
-    kind: Literal["classification"]
+    kind: str
     label_names: tuple[str, ...]
     domains: dict[str, Splits] = field(repr=False)
     notes: tuple[str, ...] = ()
@@ -57,9 +58,13 @@ class DataOptions:
     """How to read and split data; the options of `load_task`.
 
     Attributes:
+        kind: what is to be learnt, a name in `moduli.data.kinds`; None: what the columns say.
         text_column: column with the text.
         text_pair_column: column with a second text, for tasks on pairs.
-        label_column: column with the class: words or whole numbers.
+        label_column: column with the class (words or whole numbers), the labels or the number.
+        tokens_column, tags_column: columns with the words of a sentence and a tag for each.
+        source_column, target_column: columns with a text and what it is to be turned into.
+        image_column, audio_column: columns with pictures, or with sound in wav files.
         domain_column: column that says which domain a row is from; without it all are one, "all".
         group_column: column that says which document (author, product, ...) a row is from;
             a document never crosses splits.
@@ -71,9 +76,16 @@ class DataOptions:
         drop_empty: leave out rows without text or label instead of refusing the data.
     """
 
+    kind: str | None = None
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str = "label"
+    tokens_column: str = "tokens"
+    tags_column: str = "tags"
+    source_column: str = "source"
+    target_column: str = "target"
+    image_column: str = "image"
+    audio_column: str = "audio"
     domain_column: str | None = None
     group_column: str | None = None
     domains: tuple[str, ...] | None = None

@@ -12,6 +12,7 @@ from moduli.errors import ConfigError
 from moduli.study.records import Failure, RunRecord
 from moduli.study.run import Listener, RunEvent, execute, failure_of
 from moduli.study.spec import MethodSpec, Plan, RunSpec
+from moduli.training.kinds.base import TaskKind, get_kind
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Study:
     train_domain: str
     records: tuple[RunRecord, ...]
     failures: tuple[Failure, ...]
+
+    @property
+    def kind(self) -> TaskKind:
+        """The kind of its task, by which its scores are read."""
+        return get_kind(self.records[0].kind if self.records else "classification")
 
     def of(self, method: MethodSpec) -> dict[int, RunRecord]:
         """The finished runs of a method, by seed."""
@@ -100,7 +106,9 @@ def check(plan: Plan, task: Task) -> list[RunSpec]:
 
 
 def best_by_validation(runs: Mapping[int, RunRecord]) -> RunRecord:
-    """The run with the highest validation accuracy; then the lower loss; then the lower seed.
+    """The run with the best validation score; then the lower loss; then the lower seed.
+
+    The score is the first metric of the task's kind: accuracy for classification.
 
     Only the validation split of the training domain counts. Choosing by a test score would make
     that score useless as an estimate.
@@ -114,6 +122,6 @@ def best_by_validation(runs: Mapping[int, RunRecord]) -> RunRecord:
     def order(record: RunRecord) -> Any:
         if record.validation is None:
             raise ConfigError("The data has no validation split; give validation_size above 0.")
-        return (-record.validation["accuracy"], record.validation["loss"], record.spec.seed)
+        return (*get_kind(record.kind).better(record.validation), record.spec.seed)
 
     return min(runs.values(), key=order)

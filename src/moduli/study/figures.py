@@ -17,7 +17,7 @@ VARIABLES = {
 
 
 def difference_plot(table: Table) -> str:
-    """Per-seed differences to the first row, in points: a dot per seed, the mean and its interval.
+    """Per-seed differences to the first row: a dot per seed, the mean and its interval.
 
     Args:
         table: its rows after the first are drawn, merged ones with hollow dots.
@@ -27,6 +27,7 @@ def difference_plot(table: Table) -> str:
     from matplotlib.lines import Line2D
 
     rows = table.rows[1:]
+    scale, what = (100, "points above") if table.metric.share else (1, "difference to")
     step = 0.8 / max(1, len(rows))
     height = 0.75 + len(table.columns) * max(0.42, 0.23 * len(rows)) + 0.17 * len(rows)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "moduli", "font.size": 9.0}):
@@ -41,11 +42,13 @@ def difference_plot(table: Table) -> str:
                 y = line + (i - (len(rows) - 1) / 2) * step
                 colour, fill = _style(i, row)
                 if d.interval is not None:
-                    low, high = (100 * end for end in d.interval)
+                    low, high = (scale * end for end in d.interval)
                     axes.plot([low, high], [y, y], color=colour, linewidth=1.4)
-                axes.plot([100 * d.mean], [y], "|", color=colour, markersize=9, markeredgewidth=1.8)
                 axes.plot(
-                    [100 * value for value in d.values],
+                    [scale * d.mean], [y], "|", color=colour, markersize=9, markeredgewidth=1.8
+                )
+                axes.plot(
+                    [scale * value for value in d.values],
                     [y] * d.n,
                     "o",
                     color=colour,
@@ -57,7 +60,7 @@ def difference_plot(table: Table) -> str:
         ]
         axes.set_yticks(range(len(titles)), titles)
         axes.set_ylim(len(titles) - 0.4, -0.6)
-        axes.set_xlabel(f"{table.metric.replace('_', ' ')}, points above {table.rows[0].label}")
+        axes.set_xlabel(f"{table.metric.title}, {what} {table.rows[0].label}")
         axes.grid(axis="x", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(colors=INK, length=0)

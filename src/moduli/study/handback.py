@@ -1,8 +1,9 @@
 """Hand back a tuned model as an ordinary checkpoint, and prove that it is one.
 
 The routed model is merged and saved; a new process, in which moduli cannot be imported, loads the
-directory with plain transformers and computes the logits of every test text. They have to be the
-merged model's, byte for byte.
+directory with plain transformers and computes the outputs of all test data. They have to be the
+merged model's, byte for byte. Tokens and pixels for it are made by the processor that plain
+transformers loads from the same directory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from moduli.data.task import Task
 from moduli.errors import CheckpointError, ConfigError
 from moduli.study.records import RunRecord, write_json
 from moduli.training import plain
-from moduli.training.batches import texts_of
-from moduli.training.finetune import labels_of, predict
-from moduli.training.metrics import score
+from moduli.training.finetune import batches_of, in_order, outputs_of
+from moduli.training.kinds.base import Output, TaskKind, get_kind, same_outputs
 
 PROOF = "handback.json"
 
@@ -37,14 +37,17 @@ class HandBack:
     run: str
     """Key of the run whose model it is."""
     texts: int
+    """Test rows."""
     identical: bool
-    """Whether plain transformers computed the merged model's logits bit for bit."""
+    """Whether plain transformers computed the merged model's outputs bit for bit."""
     changed: int
     """Test predictions that merging changed, against the routed model."""
-    routed_accuracy: Mapping[str, float]
+    metric: str
+    """Name of the metric below: the first of the task's kind."""
+    routed: Mapping[str, float]
     """By domain, from the run's record."""
-    merged_accuracy: Mapping[str, float]
-    """By domain, of the logits that the new process computed."""
+    merged: Mapping[str, float]
+    """By domain, of the outputs that the new process computed."""
 
 
 def hand_back(
@@ -70,8 +73,6 @@ def hand_back(
         CheckpointError: `target` is not ours, or the new process failed.
         ConfigError: the run's method has nothing to merge.
     """
-    from transformers import AutoTokenizer
-
     import moduli
 
     proof = target.parent / PROOF
@@ -80,32 +81,38 @@ def hand_back(
     if record.changed is None:
         raise ConfigError(f"{record.spec.method.name} has nothing to merge and to compare with.")
     tell = on_event or (lambda line: None)
+    kind = get_kind(record.kind)
+    metric = kind.primary.name
     length = record.spec.settings.max_length
     tests = {name: s.test for name, s in task.domains.items() if s.test is not None}
 
     tell("merging, writing the ordinary checkpoint")
     model = moduli.load(run_directory)
-    tokenizer = AutoTokenizer.from_pretrained(run_directory)
     moduli.merge(model)
-    moduli.save(model, target, tokenizer)
-    tell("the merged model on all test texts")
+    moduli.save(model, target, kind.load_processor(str(run_directory)))
+    processor = kind.load_processor(str(target))
+    tell("the merged model on all test data")
     merged = {
-        name: predict(model, tokenizer, rows, max_length=length) for name, rows in tests.items()
+        name: outputs_of(kind, model, processor, rows, max_length=length)
+        for name, rows in tests.items()
     }
-    tell("the checkpoint on all test texts, in a new process without moduli")
-    again = _in_new_process(target, tests, length, str(model.device))
+    tell("the checkpoint on all test data, in a new process without moduli")
+    again = {
+        name: _in_new_process(target, kind, model, processor, rows, length)
+        for name, rows in tests.items()
+    }
 
     result = HandBack(
         directory=str(target),
         run=record.spec.key,
         texts=sum(len(rows) for rows in tests.values()),
-        identical=all(
-            again[name].numpy().tobytes() == merged[name].numpy().tobytes() for name in tests
-        ),
+        identical=all(same_outputs(again[name], merged[name][1]) for name in tests),
         changed=sum(record.changed.values()),
-        routed_accuracy={name: float(record.scores[name]["accuracy"]) for name in tests},
-        merged_accuracy={
-            name: score(again[name], labels_of(rows)).accuracy for name, rows in tests.items()
+        metric=metric,
+        routed={name: float(record.scores[name][metric]) for name in tests},
+        merged={
+            name: float(kind.score(again[name], merged[name][0], rows).to_dict()[metric])
+            for name, rows in tests.items()
         },
     )
     write_json(proof, asdict(result))
@@ -113,23 +120,30 @@ def hand_back(
 
 
 def _in_new_process(
-    model: Path, tests: Mapping[str, Any], max_length: int, device: str
-) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+    directory: Path, kind: TaskKind, model: Any, processor: Any, rows: Any, max_length: int
+) -> list[Output]:
+    """Outputs of the checkpoint in `directory`; `model` is asked for its special tokens only."""
+    from safetensors.torch import load_file, save_file
 
-    given = {}
-    for name, rows in tests.items():
-        texts, pairs = texts_of(rows)
-        given[name] = {"texts": texts, "pairs": pairs}
+    _, batches = batches_of(kind, model, processor, rows, max_length)
+    members: list[list[int]] = []
+    names: list[list[str]] = []
+    given: dict[str, torch.Tensor] = {}
+    for number, (places, batch) in enumerate(batches):
+        members.append(places)
+        names.append(sorted(batch))
+        given |= {f"{number}.{name}": tensor.contiguous() for name, tensor in batch.items()}
     with tempfile.TemporaryDirectory(prefix="moduli-") as scratch:
-        job = Path(scratch) / "job.json"
-        out = Path(scratch) / "logits.safetensors"
+        job, inputs, out = (Path(scratch) / name for name in ("job.json", "in", "out"))
+        save_file(given, inputs)
         data: dict[str, Any] = {
-            "model": str(model.resolve()),
-            "tests": given,
-            "max_length": max_length,
+            "model": str(directory.resolve()),
+            "auto_class": kind.auto_class,
+            "reduction": kind.reduction,
+            "batches": str(inputs),
+            "names": names,
             "threads": torch.get_num_threads(),
-            "device": device,
+            "device": str(model.device),
             "out": str(out),
         }
         job.write_text(json.dumps(data), encoding="utf-8")
@@ -142,9 +156,16 @@ def _in_new_process(
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise CheckpointError(
-                f"{model} did not load with plain transformers in a new process: {last[0]}"
+                f"{directory} did not load with plain transformers in a new process: {last[0]}"
             )
-        return dict(load_file(out))
+        found = load_file(out)
+    outputs: list[dict[int, Output]] = [{} for _ in members]
+    for key, tensor in found.items():
+        place, i, name = key.split(".")
+        outputs[int(place)].setdefault(int(i), {})[name] = tensor
+    return in_order(
+        [(m, [o[i] for i in range(len(m))]) for m, o in zip(members, outputs, strict=True)]
+    )
 
 
 def _read_proof(proof: Path, record: RunRecord, target: Path) -> HandBack | None:

@@ -26,7 +26,7 @@ class RunRecord:
 
     spec: RunSpec
     scores: Mapping[str, Mapping[str, int | float]]
-    """Test scores of the tuned model by domain; see `moduli.training.metrics.Scores`."""
+    """Test scores of the tuned model by domain: the numbers of the task's kind."""
     validation: Mapping[str, int | float] | None
     """Scores on the validation split of the training domain: what a choice may be based on."""
     merged: Mapping[str, Mapping[str, int | float]] | None
@@ -43,6 +43,8 @@ class RunRecord:
     seconds: Mapping[str, float]
     """Time for conversion, training and evaluation, of the process that finished the run."""
     environment: Mapping[str, Any]
+    kind: str = "classification"
+    """Of the task; it says what the scores are (`moduli.training.kinds`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -12,7 +12,7 @@ from moduli.study.figures import difference_plot
 from moduli.study.records import RunRecord, write_text
 from moduli.study.spec import method_labels
 from moduli.study.table import Cell, Table, tabulate
-from moduli.study.wording import headline, interval_text, percent, points
+from moduli.study.wording import difference, headline, interval_text, percent, value
 
 
 def write_report(study: Study, path: Path, *, command: Sequence[str]) -> None:
@@ -38,16 +38,18 @@ def render_report(study: Study, *, command: Sequence[str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, points=points, interval=interval_text)
-    accuracy = tabulate(study)
-    comparable = len(accuracy.rows) > 1
+    environment.filters.update(
+        percent=percent, value=value, difference=difference, interval=interval_text
+    )
+    main = tabulate(study)
+    comparable = len(main.rows) > 1
     page = environment.get_template("report.html.j2").render(
         study=study,
         title=title(study),
-        headline=headline(accuracy),
-        accuracy=accuracy,
-        balanced=tabulate(study, "balanced_accuracy"),
-        figure=difference_plot(accuracy) if comparable else None,
+        headline=headline(main),
+        main=main,
+        others=[tabulate(study, metric.name) for metric in study.kind.metrics if metric.note],
+        figure=difference_plot(main) if comparable else None,
         seeds=sorted({record.spec.seed for record in study.records}),
         conversions=conversions(study),
         merging=merging(study),
@@ -79,7 +81,7 @@ def conversions(study: Study) -> list[tuple[str, dict[str, Any]]]:
 
 
 def merging(study: Study) -> list[dict[str, Any]]:
-    """Per run: how many test predictions merging changed, and the accuracy before and after."""
+    """Per run: how many test predictions merging changed, and the score before and after."""
     found = []
     labels = dict(
         zip(map(_key, study.plan.methods), method_labels(study.plan.methods), strict=True)
@@ -94,19 +96,19 @@ def merging(study: Study) -> list[dict[str, Any]]:
                 "seed": record.spec.seed,
                 "changed": sum(record.changed.values()),
                 "tested": tested,
-                "routed": pooled_accuracy(record, merged=False),
-                "merged": pooled_accuracy(record, merged=True),
+                "routed": pooled_score(record, study.kind.primary.name, merged=False),
+                "merged": pooled_score(record, study.kind.primary.name, merged=True),
                 "exact": bool((record.merge or {}).get("exact", False)),
             }
         )
     return found
 
 
-def pooled_accuracy(record: RunRecord, *, merged: bool) -> float:
-    """Accuracy over the test texts of all domains together."""
+def pooled_score(record: RunRecord, metric: str, *, merged: bool) -> float:
+    """Mean of a metric over the domains, weighted by what was tested there."""
     scores = (record.merged if merged else record.scores) or {}
-    right = sum(score["accuracy"] * score["n"] for score in scores.values())
-    return float(right / sum(score["n"] for score in scores.values()))
+    total = sum(score[metric] * score["n"] for score in scores.values())
+    return float(total / sum(score["n"] for score in scores.values()))
 
 
 def settings_of(study: Study) -> list[tuple[str, str]]:
@@ -126,7 +128,11 @@ def summary_dict(study: Study) -> dict[str, Any]:
     """The study's result for machines: headline, tables, failures."""
     return {
         "headline": headline(tabulate(study)),
-        "tables": [_table_dict(tabulate(study, m)) for m in ("accuracy", "balanced_accuracy")],
+        "tables": [
+            _table_dict(tabulate(study, metric.name))
+            for metric in study.kind.metrics
+            if metric == study.kind.primary or metric.note
+        ],
         "runs": {record.spec.key: record.to_dict() for record in study.records},
         "failures": [
             {"run": f.spec.key, "method": f.spec.method.name, "seed": f.spec.seed}
@@ -138,7 +144,7 @@ def summary_dict(study: Study) -> dict[str, Any]:
 
 def _table_dict(table: Table) -> dict[str, Any]:
     return {
-        "metric": table.metric,
+        "metric": table.metric.name,
         "rows": [
             {
                 "label": row.label,

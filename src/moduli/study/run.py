@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from moduli.errors import CheckpointError, ConfigError
 from moduli.study.environment import hardware, versions
 from moduli.study.records import FAILED, RECORD, Failure, RunRecord, read_record, write_json
 from moduli.study.spec import RunSpec, plain
-from moduli.training.metrics import Scores
+from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
 
 PROBE_TEXTS = 64
 
@@ -136,47 +136,41 @@ def finished(spec: RunSpec, target: Path) -> RunRecord | None:
 
 
 def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
-    """The pretrained model with a new head for the task's labels, and its tokenizer.
+    """The pretrained model with a head for the task, and its processor.
 
-    The head is drawn from the run's seed, so methods with one seed start from one head.
+    A new head is drawn from the run's seed, so methods with one seed start from one head.
 
     Raises:
         CheckpointError: no such model, or its weights are not safetensors.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    import transformers
 
     from moduli.data import resolve_model
 
     path = resolve_model(spec.model)
-    set_seed(spec.seed)
+    kind = get_kind(task.kind)
+    transformers.set_seed(spec.seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            num_labels=len(task.label_names),
-            id2label=dict(enumerate(task.label_names)),
-            label2id={name: i for i, name in enumerate(task.label_names)},
-            dtype=torch.float32,
-            use_safetensors=True,
+        processor = kind.load_processor(path)
+        model = getattr(transformers, kind.auto_class).from_pretrained(
+            path, **kind.head(task.label_names), dtype=torch.float32, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{spec.model!r} does not load as a classifier: {_first_line(error)}"
+            f"{spec.model!r} does not load as {kind.noun}: {_first_line(error)}"
         ) from error
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    return model, tokenizer
+    return model, processor
 
 
-def probe(model: Any, tokenizer: Any, rows: Any, spec: RunSpec) -> dict[str, Any]:
-    """The first training texts as one batch: what a conversion's output error is measured on."""
-    from moduli.training.batches import Collate, use_padding
-
-    use_padding(model, tokenizer)
+def probe(model: Any, processor: Any, rows: Any, kind: TaskKind, length: int) -> dict[str, Any]:
+    """The first training rows as one batch: what a conversion's output error is measured on."""
     chosen = [rows[i] for i in range(min(PROBE_TEXTS, len(rows)))]
-    batch = Collate(tokenizer, spec.settings.max_length)(chosen)
-    batch.pop("labels")
+    items = kind.prepare(processor, chosen, length).items
+    batch = kind.collator(model, processor, length)([*items][:PROBE_TEXTS])
+    batch.pop("labels", None)
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
@@ -189,20 +183,22 @@ def _work(
     tell: Listener,
 ) -> RunRecord:
     import moduli
-    from moduli.training.finetune import finetune, labels_of, predict
-    from moduli.training.metrics import score
+    from moduli.training.finetune import finetune, outputs_of
 
     clock = time.perf_counter
     start = clock()
-    model, tokenizer = load_model(spec, task)
+    kind = get_kind(task.kind)
+    length = spec.settings.max_length
+    model, processor = load_model(spec, task)
     train = task.domains[spec.train_domain].train
     assert train is not None  # `choose_domain` saw to it
-    conversion = spec.method.build().apply(model, batch=probe(model, tokenizer, train, spec))
+    batch = probe(model, processor, train, kind, length)
+    conversion = spec.method.build().apply(model, batch=batch)
     tell(RunEvent(spec, "converted", conversion))
     converted = clock()
     result = finetune(
         model,
-        tokenizer,
+        processor,
         task.kind,
         train,
         settings=spec.settings,
@@ -215,45 +211,45 @@ def _work(
 
     shutil.rmtree(partial / "result", ignore_errors=True)
     if keep_model:
-        moduli.save(model, partial / "result", tokenizer)
+        moduli.save(model, partial / "result", processor)
     else:
         (partial / "result").mkdir()
 
     tests = {name: s.test for name, s in task.domains.items() if s.test is not None}
-    labels = {name: labels_of(rows) for name, rows in tests.items()}
 
-    def logits_of(what: str) -> dict[str, Any]:
+    def said_to(what: str) -> dict[str, tuple[Examples, list[Output]]]:
         found = {}
         for name, rows in tests.items():
             tell(RunEvent(spec, "evaluating", f"{name}{what}"))
-            found[name] = predict(model, tokenizer, rows, max_length=spec.settings.max_length)
+            found[name] = outputs_of(kind, model, processor, rows, max_length=length)
         return found
 
-    def score_all(logits: Mapping[str, Any]) -> dict[str, dict[str, int | float]]:
-        return {name: score(logits[name], labels[name]).to_dict() for name in tests}
+    def score_all(
+        found: dict[str, tuple[Examples, list[Output]]],
+    ) -> dict[str, dict[str, int | float]]:
+        return {
+            name: kind.score(outputs, examples, tests[name]).to_dict()
+            for name, (examples, outputs) in found.items()
+        }
 
     validation = task.domains[spec.train_domain].validation
-    chosen_by: Scores | None = None
+    chosen_by = None
     if validation is not None:
         tell(RunEvent(spec, "evaluating", "validation"))
-        chosen_by = score(
-            predict(model, tokenizer, validation, max_length=spec.settings.max_length),
-            labels_of(validation),
-        )
-    routed = logits_of("")
+        examples, said = outputs_of(kind, model, processor, validation, max_length=length)
+        chosen_by = kind.score(said, examples, validation).to_dict()
+    routed = said_to("")
     merged = changed = merge = None
     if moduli.is_modular(model):
         merge = moduli.merge(model).to_dict()
-        dense = logits_of(", merged")
+        dense = said_to(", merged")
         merged = score_all(dense)
-        changed = {
-            name: int((dense[name].argmax(-1) != routed[name].argmax(-1)).sum()) for name in tests
-        }
+        changed = {name: kind.changed(routed[name][1], dense[name][1]) for name in tests}
     tail = result.losses[-max(1, len(result.losses) // 10) :]
     record = RunRecord(
         spec=spec,
         scores=score_all(routed),
-        validation=None if chosen_by is None else chosen_by.to_dict(),
+        validation=chosen_by,
         merged=merged,
         changed=changed,
         conversion=None if conversion is None else plain(conversion.to_dict()),
@@ -266,6 +262,7 @@ def _work(
             "evaluate": clock() - trained,
         },
         environment={"versions": versions(), "hardware": hardware()},
+        kind=kind.name,
     )
     write_json(partial / "result" / RECORD, record.to_dict())
     return record

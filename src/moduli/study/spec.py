@@ -56,7 +56,7 @@ class RunSpec:
     data: Mapping[str, Any]
     """Options of `moduli.data.load_task`."""
     data_hash: str
-    """Of every text and label in every split."""
+    """Of every row in every split."""
     train_domain: str
     method: MethodSpec
     settings: FinetuneSettings
@@ -169,10 +169,15 @@ def hash_task(task: Task) -> str:
             digest.update(json.dumps([domain, split, table is not None]).encode())
             if table is None:
                 continue
-            for column in ("text", "text_pair", "label"):
-                if column in table.column_names:
-                    digest.update(json.dumps(list(table[column])).encode())
+            for column in table.column_names:
+                values = [_by_content(value) for value in table[column]]
+                digest.update(json.dumps(values).encode())
     return digest.hexdigest()
+
+
+def _by_content(value: Any) -> Any:
+    """A cell; pictures and sound by their digest, wherever the file is."""
+    return value["digest"] if isinstance(value, dict) else value
 
 
 def plain(value: Any) -> Any:

@@ -15,8 +15,7 @@ from moduli.study.compare import Study
 from moduli.study.records import RunRecord
 from moduli.study.spec import method_labels
 from moduli.study.statistics import PairedDifference, Summary, paired_difference, summarise
-
-Metric = Literal["accuracy", "balanced_accuracy", "macro_f1"]
+from moduli.training.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,17 @@ class Table:
     rows: tuple[Row, ...]
 
 
-def tabulate(study: Study, metric: Metric = "accuracy") -> Table:
-    """The table of one metric; methods without a finished run have no row."""
+def tabulate(study: Study, metric: str | None = None) -> Table:
+    """The table of one metric; methods without a finished run have no row.
+
+    Args:
+        study: finished runs.
+        metric: name of a metric of the task's kind; None: the first one.
+
+    Raises:
+        UnknownNameError: the kind has no such metric.
+    """
+    chosen = study.kind.primary if metric is None else study.kind.metric(metric)
     tested = list(study.records[0].scores) if study.records else []
     columns = columns_of(tested, study.train_domain)
     labels = method_labels(study.plan.methods)
@@ -72,14 +80,14 @@ def tabulate(study: Study, metric: Metric = "accuracy") -> Table:
         for merged in variants:
             cells = []
             for column in columns:
-                values = values_of(runs, column, metric, merged=merged)
+                values = values_of(runs, column, chosen.name, merged=merged)
                 difference = None
                 if baseline and rows:
-                    reference = values_of(baseline, column, metric, merged=False)
+                    reference = values_of(baseline, column, chosen.name, merged=False)
                     difference = paired_difference(values, reference)
                 cells.append(Cell(values, summarise(list(values.values())), difference))
             rows.append(Row(f"{label} (merged)" if merged else label, merged, tuple(cells)))
-    return Table(metric, tuple(columns), tuple(rows))
+    return Table(chosen, tuple(columns), tuple(rows))
 
 
 def columns_of(tested: list[str], train_domain: str) -> list[Column]:
@@ -96,7 +104,7 @@ def columns_of(tested: list[str], train_domain: str) -> list[Column]:
 
 
 def values_of(
-    runs: Mapping[int, RunRecord], column: Column, metric: Metric, *, merged: bool
+    runs: Mapping[int, RunRecord], column: Column, metric: str, *, merged: bool
 ) -> dict[int, float]:
     """Score by seed: the mean over the column's domains."""
     found = {}

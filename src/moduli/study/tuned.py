@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moduli.data.task import Splits, Task
-from moduli.errors import CheckpointError, ConfigError, DataError, nearest
+from moduli.data.task import DataOptions, Splits, Task
+from moduli.errors import CheckpointError, ConfigError, DataError
 from moduli.study.records import RECORD, read_record
+from moduli.training.kinds.base import TaskKind, get_kind, kind_of_config, require_kind
 from moduli.training.metrics import Scores
 from moduli.training.settings import FinetuneSettings
 
 
 def load_any(name: str) -> tuple[Any, Any]:
-    """A model by name or directory, as the class its config names, and its tokenizer (or None).
+    """A model by name or directory, as the class its config names, and its processor (or None).
 
     A directory that moduli wrote comes back modular, as it was saved.
 
@@ -26,39 +28,55 @@ def load_any(name: str) -> tuple[Any, Any]:
 
     path = resolve_model(name)
     model = moduli.load(path) if Path(path).is_dir() else _from_hub(path)
-    return model, _tokenizer(path)
+    return model, _processor(path, kind_of_config(model.config, type(model).__name__))
 
 
-def load_tuned(name: str, *, dense: bool = False) -> tuple[Any, Any]:
-    """A classifier and its tokenizer.
+def load_tuned(name: str, kind: TaskKind, *, dense: bool = False) -> tuple[Any, Any]:
+    """A model with the head of a kind of task, and its processor.
 
     Args:
         name: directory or hub name.
+        kind: of the task.
         dense: load the ordinary part with plain transformers, as somebody without moduli would.
 
     Raises:
-        CheckpointError: no such model, damaged, without a tokenizer, or not a classifier.
+        CheckpointError: no such model, damaged, without a processor, or with another head.
     """
+    from moduli.data import resolve_model
+
+    path = resolve_model(name)
     if dense:
-        from transformers import AutoModelForSequenceClassification
+        import transformers
 
-        from moduli.data import resolve_model
-
-        path = resolve_model(name)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
+            model = getattr(transformers, kind.auto_class).from_pretrained(
+                path, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{name} does not load as a classifier: {error}") from error
-        tokenizer = _tokenizer(path)
+            raise CheckpointError(f"{name} does not load as {kind.noun}: {error}") from error
     else:
-        model, tokenizer = load_any(name)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise CheckpointError(
-            f"{name} is a {type(model).__name__}, not a classifier; `moduli tune` makes one of it."
-        )
-    if tokenizer is None:
-        raise CheckpointError(f"{name} has no tokenizer; save one beside the model.")
-    return model, tokenizer
+        model, _ = load_any(name)
+    require_kind(model, kind, name)
+    processor = _processor(path, kind)
+    if processor is None:
+        raise CheckpointError(f"{name} has no tokenizer or processor; save one beside the model.")
+    return model, processor
+
+
+def model_kind(name: str) -> TaskKind | None:
+    """The kind of task that a model has a head for, by its record or its config; or None."""
+    from transformers import AutoConfig
+
+    from moduli.data import resolve_model
+
+    directory = Path(name)
+    if (directory / RECORD).is_file():
+        return get_kind(read_record(directory).kind)
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError):
+        return None
+    return kind_of_config(config, (config.architectures or [""])[0])
 
 
 def trained_length(name: str) -> int:
@@ -71,7 +89,7 @@ def trained_length(name: str) -> int:
 
 def evaluate_task(
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     task: Task,
     *,
     split: str = "test",
@@ -86,14 +104,12 @@ def evaluate_task(
         DataError: the data has a class that the model does not, or no domain has this split.
         ConfigError: there is no such split.
     """
-    import torch
-
-    from moduli.training.finetune import labels_of, predict
-    from moduli.training.metrics import score
+    from moduli.training.finetune import outputs_of
 
     if split not in ("train", "validation", "test", "all"):
         raise ConfigError(f"There is no split {split!r}; it is train, validation, test or all.")
-    index = torch.tensor(class_indices(model, task))
+    kind = get_kind(task.kind)
+    index = class_indices(model, task) if task.label_names else None
     found: dict[str, Scores] = {}
     for name, splits in task.domains.items():
         rows = _all_rows(splits) if split == "all" else getattr(splits, split)
@@ -101,8 +117,12 @@ def evaluate_task(
             continue
         if on_domain is not None:
             on_domain(name)
-        logits = predict(model, tokenizer, rows, max_length=max_length)
-        found[name] = score(logits, index[labels_of(rows)])
+        if index is not None:
+            rows = [
+                {**row, kind.columns[-1]: _renumbered(row[kind.columns[-1]], index)} for row in rows
+            ]
+        examples, outputs = outputs_of(kind, model, processor, rows, max_length=max_length)
+        found[name] = kind.score(outputs, examples, rows)
     if not found:
         raise DataError(f"No domain of {task.name!r} has a {split} split.")
     return found
@@ -131,11 +151,17 @@ def class_indices(model: Any, task: Task) -> list[int]:
     return [names.index(name) for name in task.label_names]
 
 
-def _tokenizer(path: str) -> Any:
+def _renumbered(value: Any, index: list[int]) -> Any:
+    """A label, or a list of them, as the model numbers them."""
+    return [index[one] for one in value] if isinstance(value, list) else index[value]
+
+
+def _processor(path: str, kind: TaskKind | None) -> Any:
     from transformers import AutoTokenizer
 
+    load = AutoTokenizer.from_pretrained if kind is None else kind.load_processor
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return load(path)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -154,53 +180,53 @@ def _from_hub(name: str) -> Any:
         ) from error
 
 
-def read_texts(source: str, column: str) -> list[str]:
-    """The texts of a file "csv:PATH", "jsonl:PATH" or "parquet:PATH"; labels are not needed.
+def read_inputs(source: str, kind: TaskKind, options: DataOptions) -> list[dict[str, Any]]:
+    """The inputs in a file "csv:PATH", "jsonl:PATH" or "parquet:PATH"; labels are not needed.
 
     Raises:
-        DataError: the file cannot be read, has no such column, or a row without text.
+        DataError: the file cannot be read, has no such column, or a row without an input.
     """
+    from moduli.data.kinds import data_kind
     from moduli.data.readers import READERS, read_files
-    from moduli.data.task import DataOptions
+    from moduli.data.rows import checked_rows
 
-    kind, _, path = source.partition(":")
-    if kind not in READERS or not path:
+    prefix, _, path = source.partition(":")
+    if prefix not in READERS or not path:
         raise DataError(
             f"{source!r} names no file; write {', '.join(f'{k}:PATH' for k in READERS)}."
         )
-    (table, *_) = read_files(kind, path, DataOptions(text_column=column))
-    if column not in table.columns:
-        raise DataError(
-            f"{path} has no column {column!r}. {nearest(column, table.columns)} "
-            "The option text_column says which one to take."
-        )
-    texts = table.columns[column]
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{path}: row {number} has no text in column {column!r}.")
-    return texts
+    inputs = dataclasses.replace(data_kind(kind.name), target=None)
+    rows, _, _ = checked_rows(read_files(prefix, path, options), options, inputs)
+    return [row.values for row in rows]
 
 
-def label_texts(
-    model: Any, tokenizer: Any, texts: list[str], *, max_length: int
-) -> list[dict[str, Any]]:
-    """For each text its label, the label's probability, and the probability of every label."""
-    from moduli.training.finetune import predict
+def given_inputs(words: tuple[str, ...], kind: TaskKind, *, files: bool) -> list[dict[str, Any]]:
+    """Rows of texts, or of files, that were given one by one.
 
-    logits = predict(model, tokenizer, [{"text": text} for text in texts], max_length=max_length)
-    names = [str(model.config.id2label[i]) for i in range(logits.shape[-1])]
+    Raises:
+        ConfigError: models of this kind take the other of the two.
+        DataError: a file is not what the kind reads.
+    """
+    if kind.files != files:
+        wanted = "files, with --file" if kind.files else "texts, with --text"
+        raise ConfigError(f"The model is {kind.noun}; give it {wanted}.")
     found = []
-    for text, row in zip(texts, logits.double().softmax(-1).tolist(), strict=True):
-        best = max(range(len(row)), key=row.__getitem__)
-        found.append(
-            {
-                "text": text,
-                "label": names[best],
-                "probability": row[best],
-                "probabilities": dict(zip(names, row, strict=True)),
-            }
-        )
+    for word in words:
+        try:
+            found.append(kind.example(word))
+        except ValueError as error:
+            raise DataError(f"{word}: {error}.") from error
     return found
+
+
+def describe_rows(
+    model: Any, processor: Any, kind: TaskKind, rows: list[dict[str, Any]], *, max_length: int
+) -> list[dict[str, Any]]:
+    """For each row what the model makes of it: label and probabilities, a number, tags, a text."""
+    from moduli.training.finetune import outputs_of
+
+    examples, outputs = outputs_of(kind, model, processor, rows, max_length=max_length)
+    return kind.describe(model, processor, rows, examples, outputs)
 
 
 def survey_layers(model: Any, method: Any) -> list[dict[str, Any]]:

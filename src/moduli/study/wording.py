@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moduli.study.statistics import PairedDifference
 from moduli.study.table import Table
+from moduli.training.metrics import Metric
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -21,27 +22,52 @@ def headline(table: Table) -> list[str]:
         for column, cell in zip(table.columns, row.cells, strict=True):
             if column.kind != "one domain" and cell.difference is not None:
                 place = "in-domain" if column.kind == "in-domain" else "out of domain"
-                sentences.append(claim(row.label, table.rows[0].label, place, cell.difference))
+                sentences.append(
+                    claim(row.label, table.rows[0].label, place, cell.difference, table.metric)
+                )
     return sentences
 
 
-def claim(label: str, baseline: str, place: str, d: PairedDifference) -> str:
+def claim(label: str, baseline: str, place: str, d: PairedDifference, metric: Metric) -> str:
     """One sentence on one paired difference that says no more than its interval does."""
     pairs = f"{d.n} paired seeds" if d.n > 1 else "1 seed"
     if d.interval is None:
         return (
-            f"{label} against {baseline} {place}: {points(d.mean)} points "
+            f"{label} against {baseline} {place}: {with_unit(d.mean, metric)} "
             f"({pairs}; too little for an interval)."
         )
-    shown = f"95 % interval {interval_text(d.interval)}, {pairs}"
+    shown = f"95 % interval {interval_text(d.interval, metric)}, {pairs}"
     if d.sign == 0:
         return (
             f"No difference between {label} and {baseline} was shown {place}: "
-            f"{points(d.mean)} points on average ({shown})."
+            f"{with_unit(d.mean, metric)} on average ({shown})."
         )
     word = "higher" if d.sign > 0 else "lower"
-    size = f"{100 * abs(d.mean):.1f} points"
-    return f"{label} scored {word} than {baseline} {place} by {size} ({shown})."
+    size = difference(abs(d.mean), metric).removeprefix("+")
+    if metric.share:
+        return f"{label} scored {word} than {baseline} {place} by {size} points ({shown})."
+    better = "better" if (d.sign > 0) == metric.higher_is_better else "worse"
+    return (
+        f"{label} did {better} than {baseline} {place}: its {metric.title} was {word} by {size} "
+        f"({shown})."
+    )
+
+
+def value(number: float, metric: Metric) -> str:
+    """A score: a share in percent, anything else as it is."""
+    return percent(number) if metric.share else f"{number:.3f}"
+
+
+def difference(number: float, metric: Metric) -> str:
+    """A difference of two scores with its sign: in points for shares."""
+    if metric.share:
+        return points(number)
+    return "0" if number == 0 else f"{number:+.3f}".replace("-", MINUS)
+
+
+def with_unit(number: float, metric: Metric) -> str:
+    """A difference and what it is a difference of."""
+    return f"{difference(number, metric)} {'points' if metric.share else 'in ' + metric.title}"
 
 
 def percent(value: float) -> str:
@@ -54,6 +80,9 @@ def points(value: float) -> str:
     return "0.0" if value == 0 else f"{100 * value:+.1f}".replace("-", MINUS)
 
 
-def interval_text(interval: tuple[float, float] | None) -> str:
-    """An interval of differences in points."""
-    return "none" if interval is None else f"{points(interval[0])} to {points(interval[1])}"
+def interval_text(interval: tuple[float, float] | None, metric: Metric) -> str:
+    """An interval of differences."""
+    if interval is None:
+        return "none"
+    low, high = (difference(end, metric) for end in interval)
+    return f"{low} to {high}"

@@ -5,7 +5,7 @@ B batch, S sequence
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,15 +56,30 @@ def token_lengths(tokenizer: Any, rows: Iterable[dict[str, Any]], max_length: in
     return lengths
 
 
-class Collate:
-    """Rows to one padded batch. The texts are tokenised here, so no tokenised copy is stored."""
+class CollateTexts:
+    """Rows to one padded batch. The texts are tokenised here, so no tokenised copy is stored.
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    Args:
+        model: for its padding id.
+        tokenizer: its tokenizer.
+        max_length: longer texts are cut.
+        labels: the labels of rows, if they have any.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        max_length: int,
+        labels: Callable[[Any], Tensor],
+    ) -> None:
+        use_padding(model, tokenizer)
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.labels = labels
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Input ids and mask `[B, S]` (S = the longest of the batch) and labels `[B]`."""
+        """Input ids and mask `[B, S]` (S = the longest of the batch), and labels."""
         texts, pairs = texts_of(rows)
         batch: dict[str, Tensor] = dict(
             self.tokenizer(
@@ -76,7 +91,8 @@ class Collate:
                 return_tensors="pt",
             )
         )
-        batch["labels"] = torch.tensor([int(row["label"]) for row in rows])
+        if "label" in rows[0]:
+            batch["labels"] = self.labels(rows)
         return batch
 
 

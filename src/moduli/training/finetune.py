@@ -1,8 +1,9 @@
-"""Fine-tune and evaluate a classifier: the stock `transformers.Trainer`, set up once and well.
+"""Fine-tune and evaluate a model: the stock `transformers.Trainer`, set up once and well.
 
-There is no training loop here. What this file adds: settings that fit small encoders, texts
-tokenised batch by batch, a checkpoint that is complete or not there, a stop on NaN, a soft
-Ctrl-C, and an evaluation whose result depends on the weights alone.
+There is no training loop here. What this file adds: settings that fit small encoders, inputs made
+batch by batch, a checkpoint that is complete or not there, a stop on NaN, a soft Ctrl-C, and an
+evaluation whose result depends on the weights alone. What differs between kinds of tasks is in
+`moduli.training.kinds`.
 
     B batch, S sequence, N examples, C classes
 """
@@ -13,19 +14,20 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from moduli.errors import ConfigError, DataError, TrainingError
+from moduli.errors import DataError, TrainingError
 from moduli.surgery.convert import require_same_layout
-from moduli.training.batches import Collate, ShuffledByLength, texts_of, token_lengths, use_padding
-from moduli.training.metrics import Scores, score
-from moduli.training.plain import BATCH_SIZE, plain_logits
+from moduli.training.batches import ShuffledByLength
+from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
+from moduli.training.metrics import Scores
+from moduli.training.plain import BATCH_SIZE, outputs_of_batch
 from moduli.training.settings import FinetuneSettings
 
 
@@ -68,11 +70,12 @@ def finetune(
     bit, also across a kill and a resume.
 
     Args:
-        model: a transformers model with a classification head, dense or converted.
-        tokenizer: its tokenizer; texts are cut to `settings.max_length` and padded per batch.
-        task_kind: "classification".
-        train: a sequence of rows with "text", "label" and, if a pair, "text_pair"
-            (a `datasets.Dataset` or a list of dicts).
+        model: a transformers model with the head of the task, dense or converted.
+        tokenizer: its tokenizer, image processor or feature extractor; texts are cut to
+            `settings.max_length` and padded per batch.
+        task_kind: "classification" or another kind (`moduli.training.kinds`).
+        train: a sequence of rows (a `datasets.Dataset` or a list of dicts) with the columns of
+            the kind: "text", "label" and, if a pair, "text_pair" for classification.
         settings: everything that shapes the result.
         seed: order of the data and dropout.
         out: directory for checkpoints. If one that is complete lies there, training goes on from
@@ -81,7 +84,8 @@ def finetune(
         on_progress: called with a `moduli.training.callbacks.Progress` after each step.
 
     Raises:
-        DataError: no rows, or rows without text or label.
+        ConfigError: there is no such kind.
+        DataError: no rows, or rows without a column that the kind needs.
         CheckpointError: the checkpoint in `out` has its neurons in another order than the model.
         TrainingError: the loss or the gradient became infinite or NaN. The model keeps the weights
             of the step before; they are in `out/last-good`.
@@ -89,16 +93,14 @@ def finetune(
     """
     from moduli.training.callbacks import soft_interrupt
 
-    if task_kind != "classification":
-        raise ConfigError(f"task_kind is {task_kind!r}; known is 'classification'.")
+    kind = get_kind(task_kind)
     if len(train) == 0:
         raise DataError("The training data has no rows; give at least one.")
-    if missing := {"text", "label"} - set(train[0]):
+    if missing := set(kind.columns) - set(train[0]):
         raise DataError(
             f"The training data has no column {' and '.join(sorted(map(repr, missing)))}; "
             f"its columns are {', '.join(sorted(train[0]))}."
         )
-    use_padding(model, tokenizer)
     with tempfile.TemporaryDirectory(prefix="moduli-") as scratch, soft_interrupt() as stop:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,8 @@ def finetune(
             require_same_layout(model, checkpoint)
         trainer = _trainer(
             model,
-            Collate(tokenizer, settings.max_length),
+            tokenizer,
+            kind,
             train,
             settings=settings,
             seed=seed,
@@ -133,28 +136,91 @@ def finetune(
     )
 
 
-def predict(
+def outputs_of(
+    kind: TaskKind,
     model: nn.Module,
-    tokenizer: Any,
+    processor: Any,
     rows: Any,
     *,
     max_length: int = 64,
     batch_size: int = BATCH_SIZE,
-) -> Tensor:
-    """Logits `[N, C]` (float32, on the CPU) of `rows`, in their order.
+) -> tuple[Examples, list[Output]]:
+    """The examples made of `rows`, and what the model says to each.
 
-    Rows are batched by length, so that little is padding; the batches depend on the rows alone, so
-    that equal weights give equal bits.
+    Examples are batched by length, so that little is padding; the batches depend on the rows
+    alone, so that equal weights give equal bits.
+
+    Raises:
+        DataError: no rows.
+    """
+    examples, batches = batches_of(kind, model, processor, rows, max_length, batch_size)
+    found = [
+        (members, outputs_of_batch(model, batch, kind.reduction)) for members, batch in batches
+    ]
+    return examples, in_order(found)
+
+
+def batches_of(
+    kind: TaskKind,
+    model: nn.Module,
+    processor: Any,
+    rows: Any,
+    max_length: int = 64,
+    batch_size: int = BATCH_SIZE,
+) -> tuple[Examples, Iterator[tuple[list[int], dict[str, Tensor]]]]:
+    """The examples made of `rows`, and batches of them with the places of their members.
 
     Raises:
         DataError: no rows.
     """
     if len(rows) == 0:
-        raise DataError("There are no texts to predict; give at least one.")
-    use_padding(model, tokenizer)
-    texts, pairs = texts_of(rows)
-    logits: Tensor = plain_logits(model, tokenizer, texts, pairs, max_length, batch_size)
-    return logits
+        raise DataError("There are no rows to predict; give at least one.")
+    examples = kind.prepare(processor, rows, max_length)
+    collate = kind.collator(model, processor, max_length)
+    order = sorted(range(len(examples.items)), key=lambda i: (examples.lengths[i], i))
+
+    def batches() -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            yield members, collate([examples.items[i] for i in members])
+
+    return examples, batches()
+
+
+def in_order(found: Sequence[tuple[list[int], list[Output]]]) -> list[Output]:
+    """Outputs of batches in the order of their examples."""
+    placed = {
+        i: output for members, outputs in found for i, output in zip(members, outputs, strict=True)
+    }
+    return [placed[i] for i in range(len(placed))]
+
+
+def predict(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Any,
+    *,
+    kind: str = "classification",
+    max_length: int = 64,
+    batch_size: int = BATCH_SIZE,
+) -> Tensor:
+    """Logits `[N, C]` (float32, on the CPU) of `rows`, in their order; see `outputs_of`.
+
+    Args:
+        model: with a head that says one thing about a whole row.
+        tokenizer: or another processor.
+        rows: labels are not needed.
+        kind: of the task.
+        max_length: longer texts are cut.
+        batch_size: rows per forward pass.
+
+    Raises:
+        DataError: no rows.
+    """
+    _, outputs = outputs_of(
+        get_kind(kind), model, tokenizer, rows, max_length=max_length, batch_size=batch_size
+    )
+    return torch.stack([output["logits"] for output in outputs])
 
 
 def evaluate(
@@ -162,17 +228,16 @@ def evaluate(
     tokenizer: Any,
     rows: Any,
     *,
+    kind: str = "classification",
     max_length: int = 64,
     batch_size: int = BATCH_SIZE,
 ) -> Scores:
-    """Scores of the model on rows with "text" and "label"; see `predict` and `metrics.score`."""
-    logits = predict(model, tokenizer, rows, max_length=max_length, batch_size=batch_size)
-    return score(logits, labels_of(rows))
-
-
-def labels_of(rows: Any) -> Tensor:
-    """The labels `[N]` of rows."""
-    return torch.tensor([int(row["label"]) for row in rows])
+    """Scores of the model on rows with the columns of the kind; see `outputs_of`."""
+    task = get_kind(kind)
+    examples, outputs = outputs_of(
+        task, model, tokenizer, rows, max_length=max_length, batch_size=batch_size
+    )
+    return task.score(outputs, examples, rows)
 
 
 def last_checkpoint(directory: Path) -> Path | None:
@@ -198,7 +263,8 @@ def _step_of(checkpoint: Path) -> int:
 
 def _trainer(
     model: Any,
-    collate: Collate,
+    processor: Any,
+    kind: TaskKind,
     train: Any,
     *,
     settings: FinetuneSettings,
@@ -209,7 +275,7 @@ def _trainer(
     on_progress: Callable[[Any], None] | None,
     stop: threading.Event,
 ) -> Any:
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from moduli.training.callbacks import ReportProgress, StopOnNonFinite, StopWhenAsked
@@ -243,8 +309,9 @@ def _trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    lengths = token_lengths(collate.tokenizer, train, settings.max_length)
-    order = ShuffledByLength(lengths, settings.batch_size, seed)
+    examples = kind.prepare(processor, train, settings.max_length)
+    collate = kind.collator(model, processor, settings.max_length)
+    order = ShuffledByLength(examples.lengths, settings.batch_size, seed)
 
     class GroupedTrainer(Trainer):
         """The stock Trainer with our order of the data, by the method it offers for that."""
@@ -252,7 +319,7 @@ def _trainer(
         def get_train_dataloader(self) -> Any:
             return self.accelerator.prepare(
                 DataLoader(
-                    train,
+                    cast("Dataset[Any]", examples.items),
                     batch_size=self._train_batch_size,
                     sampler=order,
                     collate_fn=collate,
@@ -260,26 +327,20 @@ def _trainer(
                 )
             )
 
-    had = "accepts_loss_kwargs" in vars(model)
-    before = getattr(model, "accepts_loss_kwargs", None)
+    trainer = GroupedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples.items,
+        data_collator=collate,
+        processing_class=processor,
+        callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save)],
+        compute_loss_func=kind.loss,
+    )
     # The forward of a classifier takes **kwargs, from which the Trainer concludes that it divides
     # its loss by `num_items_in_batch`. It does not: it returns the mean of its batch. Without this
-    # the gradients of accumulated batches would be added up instead of averaged.
-    model.accepts_loss_kwargs = False
-    try:
-        trainer = GroupedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=train,
-            data_collator=collate,
-            processing_class=collate.tokenizer,
-            callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save)],
-        )
-    finally:
-        if had:
-            model.accepts_loss_kwargs = before
-        else:
-            del model.accepts_loss_kwargs
+    # the gradients of accumulated batches would be added up instead of averaged. A kind that has
+    # to divide by all labels of a step does so in its own loss, which gets that number either way.
+    trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     if on_progress is not None:
         trainer.add_callback(ReportProgress(on_progress))

@@ -1,11 +1,11 @@
-"""Logits of a classifier, with nothing but torch and transformers.
+"""Outputs of a model, with nothing but torch and transformers.
 
-`moduli.training.finetune.predict` is this function. Run as a script in a new process
+`moduli.training.finetune` evaluates with `outputs_of_batch`. Run as a script in a new process
 (`python -I plain.py JOB.json`) the file proves that a checkpoint needs nothing of ours: it makes
 `import moduli` impossible first, then loads the checkpoint with plain transformers and computes
-the same logits. It therefore imports nothing from moduli.
+the same outputs of the same batches. It therefore imports nothing from moduli.
 
-    N texts, C classes
+    B batch, C classes, M scored positions, S sequence
 """
 
 import json
@@ -15,63 +15,70 @@ from typing import Any
 BATCH_SIZE = 32
 
 
-def plain_logits(
-    model: Any,
-    tokenizer: Any,
-    texts: list[str],
-    pairs: list[str] | None,
-    max_length: int,
-    batch_size: int = BATCH_SIZE,
-) -> Any:
-    """Logits `[N, C]` (float32, on the CPU) of the texts, in their order.
+def _whole(logits: Any, labels: Any) -> dict[str, Any]:
+    """One example's logits [C] as they are."""
+    return {"logits": logits}
 
-    Texts are batched by length, so that little is padding. The batches depend on the texts alone,
-    so that equal weights give equal bits.
+
+def _tokens(logits: Any, labels: Any) -> dict[str, Any]:
+    """[S, C] and [S] to the negative log-likelihood and the best class where there is a label.
+
+    The logits of a large vocabulary would not fit in memory for a whole data set.
     """
     import torch
 
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-    rows: list[Any] = [None] * len(texts)
+    scored = labels != -100
+    logits, target = logits[scored], labels[scored]
+    nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    return {"nll": nll, "predicted": logits.argmax(-1), "target": target}
+
+
+def _next_tokens(logits: Any, labels: Any) -> dict[str, Any]:
+    """The same where position s is to say what stands at s + 1."""
+    return _tokens(logits[:-1], labels[1:])
+
+
+REDUCTIONS = {"whole": _whole, "tokens": _tokens, "next tokens": _next_tokens}
+
+
+def outputs_of_batch(model: Any, batch: dict[str, Any], reduction: str) -> list[dict[str, Any]]:
+    """What the model says to each example of a batch (on the CPU); labels are not shown to it."""
+    import torch
+
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = tokenizer(
-                    [texts[i] for i in chosen],
-                    None if pairs is None else [pairs[i] for i in chosen],
-                    padding=True,
-                    truncation=True,
-                    max_length=max_length,
-                    return_tensors="pt",
-                )
-                logits = model(**batch.to(model.device)).logits.float().cpu()
-                for i, row in zip(chosen, logits, strict=True):
-                    rows[i] = row
+            logits = model(**inputs).logits.float().cpu()
     finally:
         model.train(training)
-    return torch.stack(rows)
+    labels = batch.get("labels", [None] * len(logits))
+    return [REDUCTIONS[reduction](*pair) for pair in zip(logits, labels, strict=True)]
 
 
 def main(job_file: str) -> None:
-    """Read the job, compute the logits of every set of texts, write them."""
+    """Read the job, compute the outputs of every batch, write them."""
     sys.modules["moduli"] = None  # type: ignore[assignment]  # `import moduli` raises from here
     import torch
+    import transformers
+    from safetensors import safe_open
     from safetensors.torch import save_file
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with open(job_file, encoding="utf-8") as file:
         job = json.load(file)
     torch.set_num_threads(job["threads"])
-    model = AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=torch.float32)
+    auto_class = getattr(transformers, job["auto_class"])
+    model = auto_class.from_pretrained(job["model"], dtype=torch.float32)
     model.to(job["device"])
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    logits = {
-        name: plain_logits(model, tokenizer, given["texts"], given["pairs"], job["max_length"])
-        for name, given in job["tests"].items()
-    }
-    save_file(logits, job["out"])
+    found = {}
+    with safe_open(job["batches"], framework="pt") as given:
+        for number, names in enumerate(job["names"]):
+            batch = {name: given.get_tensor(f"{number}.{name}") for name in names}
+            for i, output in enumerate(outputs_of_batch(model, batch, job["reduction"])):
+                for name, tensor in output.items():
+                    found[f"{number}.{i}.{name}"] = tensor.contiguous().clone()
+    save_file(found, job["out"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Kinds of tasks: one file each, found by name; see `moduli.training.kinds.base`."""
