@@ -373,6 +373,20 @@ def test_every_row_of_the_table_is_pinned_and_unique() -> None:
             assert source.version.rpartition(":")[2] in source.archive  # less Debian's epoch
 
 
+def test_the_guide_lists_every_name_with_its_size_and_licence() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "fetch.md"
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in guide.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+    ]
+    listed = {row[0].strip("`"): (row[3], row[4]) for row in cells if len(row) == 5}
+    assert listed == {p.name: (str(p.megabytes), p.licence) for p in PACKAGES}
+    needs = {name for row in cells if len(row) == 2 for name in row[0].replace("`", "").split(", ")}
+    pip_alone = {"minilm", "sentiment", "whisper-tiny"}
+    assert needs == {p.name for p in PACKAGES} - pip_alone
+
+
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MODULI_CACHE", str(tmp_path))
     assert moduli.data.cache_dir() == tmp_path
