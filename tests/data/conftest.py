@@ -65,6 +65,15 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
     return Shelf(folder, tmp_path / "cache")
 
 
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[Path, Path]:
+    """Two empty directories: what a converter reads, and where it writes."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    return source, out
+
+
 def altered(package: Package, **changes: object) -> Package:
     """The same row with another pin or other members of its only archive."""
     (source,) = package.sources
