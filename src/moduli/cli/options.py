@@ -31,8 +31,8 @@ class Data(Common):
     """Options of commands that read a task."""
 
     data: str
-    """The task: "sentiment", csv:PATH, jsonl:PATH, parquet:PATH, or a name that
-    datasets.load_dataset knows."""
+    """The task: sentiment, emoji, brown or brown-pos; csv:PATH, jsonl:PATH, parquet:PATH; or a
+    name that datasets.load_dataset knows."""
     kind: str | None = None
     """What is to be learnt: classification, multilabel, regression, token-classification,
     language-modeling, seq2seq, image-classification or audio-classification. Default: what the

@@ -10,9 +10,9 @@ from typing import Any
 
 from moduli.data.fetching import fetch
 from moduli.data.kinds import data_kind, guess_kind
+from moduli.data.named import NAMED
 from moduli.data.readers import READERS, read_files, read_hub
 from moduli.data.rows import checked_rows
-from moduli.data.sentiment import DOMAINS, LABEL_NAMES, sentiment_rows
 from moduli.data.splits import split_rows
 from moduli.data.task import DataOptions, Task
 from moduli.errors import ConfigError, DataError, UnknownNameError, nearest
@@ -47,8 +47,8 @@ def load_task(name: str, *, on_event: Event | None = None, **options: Any) -> Ta
         options["domains"] = tuple(options["domains"])
     settings = DataOptions(**options)
     asked = None if settings.kind is None else data_kind(settings.kind)
-    if name in _NAMED:
-        return _NAMED[name](settings, on_event)
+    if name in NAMED:
+        return _named(name, settings, on_event)
     prefix, colon, spec = name.partition(":")
     notes: list[str] = []
     if colon and prefix in READERS:
@@ -68,14 +68,17 @@ def load_task(name: str, *, on_event: Event | None = None, **options: Any) -> Ta
 
 def task_names() -> list[str]:
     """The named tasks."""
-    return sorted(_NAMED)
+    return sorted(NAMED)
 
 
-def _sentiment(options: DataOptions, on_event: Event | None) -> Task:
-    _refuse_columns("sentiment", "classification", options)
-    rows = sentiment_rows(fetch("sentiment", on_event=on_event))
-    domains, notes = split_rows(rows, LABEL_NAMES, options, data_kind("classification"), DOMAINS)
-    return Task("sentiment", "classification", LABEL_NAMES, domains, tuple(notes))
+def _named(name: str, options: DataOptions, on_event: Event | None) -> Task:
+    known = NAMED[name]
+    _refuse_columns(name, known.kind, options)
+    content = known.read(fetch(known.package, on_event=on_event))
+    domains, notes = split_rows(
+        content.rows, content.label_names, options, data_kind(known.kind), content.domains
+    )
+    return Task(name, known.kind, content.label_names, domains, tuple(notes))
 
 
 def _refuse_columns(task: str, kind: str, options: DataOptions) -> None:
@@ -91,8 +94,6 @@ def _refuse_columns(task: str, kind: str, options: DataOptions) -> None:
 
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
-_NAMED: dict[str, Callable[[DataOptions, Event | None], Task]] = {"sentiment": _sentiment}
-
 
 def _refuse_near_misses(name: str) -> None:
     """Say what was probably meant before asking a hub, which takes long and says less."""
@@ -100,8 +101,8 @@ def _refuse_near_misses(name: str) -> None:
         kind = _SUFFIXES.get(Path(name).suffix, "csv")
         raise DataError(f"{name!r} is a file; name its kind as well: {kind}:{name}")
     if "/" not in name and not Path(name).exists():
-        if difflib.get_close_matches(name, _NAMED, n=1, cutoff=0.8):
-            raise UnknownNameError(f"There is no task {name!r}. {nearest(name, _NAMED)}")
+        if difflib.get_close_matches(name, NAMED, n=1, cutoff=0.8):
+            raise UnknownNameError(f"There is no task {name!r}. {nearest(name, NAMED)}")
         kind, colon, _ = name.partition(":")
         if colon and difflib.get_close_matches(kind, READERS, n=1, cutoff=0.6):
             raise UnknownNameError(f"There is no kind of file {kind!r}. {nearest(kind, READERS)}")
