@@ -47,7 +47,7 @@ def warm_up_routers(
     texts: Sequence[str],
     *,
     steps: int = 100,
-    learning_rate: float = 1e-2,
+    learning_rate: float = 1e-3,
     balance: float = 0.01,
     batch_size: int = 4,
     block: int = 128,

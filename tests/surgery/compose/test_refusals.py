@@ -156,7 +156,7 @@ def test_a_shared_expert_where_there_is_no_place(make: Make, tmp_path: Path) -> 
 
 def test_averaging_tied_with_untied(make: Make, tmp_path: Path) -> None:
     base, sources = make("llama", 0), [make("llama", 1), make("llama", 2, tie_word_embeddings=True)]
-    with pytest.raises(ModuliError, match=r"lm_head|tie_word_embeddings"):
+    with pytest.raises(ModelError, match="tie_word_embeddings=True, the base False"):
         moduli.compose(base, sources, tmp_path / "out", gate="random", others="average")
 
 

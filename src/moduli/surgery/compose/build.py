@@ -23,7 +23,8 @@ from moduli.errors import UnknownNameError, nearest
 from moduli.surgery.checkpoint import versions
 from moduli.surgery.compose.card import RECORD, model_card
 from moduli.surgery.compose.gates import Gates, make_gates
-from moduli.surgery.compose.plan import Part, Plan, plan
+from moduli.surgery.compose.plan import Part, Plan
+from moduli.surgery.compose.planning import plan
 from moduli.surgery.compose.recipe import Recipe, Source
 from moduli.surgery.compose.write import Slot, size_in_bytes, write_shards
 from moduli.surgery.files import check_target, new_directory

@@ -65,7 +65,7 @@ class Checkpoint:
         import transformers
 
         try:
-            return transformers.AutoConfig.from_pretrained(self.directory)
+            return transformers.AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the config of {self.role} does not load: {error}") from error
 
@@ -83,7 +83,9 @@ class Checkpoint:
         if not any(self.directory.glob("tokenizer*")):
             return None
         try:
-            return transformers.AutoTokenizer.from_pretrained(self.directory)
+            return transformers.AutoTokenizer.from_pretrained(
+                self.directory, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the tokenizer of {self.role} does not load: {error}") from error
 
