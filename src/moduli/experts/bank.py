@@ -121,6 +121,10 @@ class ExpertBank(nn.Module):
     def _activate(self, z: Tensor) -> Tensor:
         return nn.functional.dropout(self.act_fn(z), self.dropout, self.training)
 
+    def keys(self) -> Float[Tensor, "_ D"]:
+        """Current keys of all experts, one expert after the other, without padding."""
+        return torch.cat(list(self.experts().keys))
+
     def experts(self, *, padded: bool = False) -> ExpertFFN:
         """The experts as views of the parameters; gradients arrive in the parameters.
 

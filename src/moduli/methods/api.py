@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from moduli.errors import ConfigError
 from moduli.methods.base import Method, Progress
 from moduli.methods.registry import get_method
 from moduli.surgery.convert import base_model, set_top_k
+from moduli.surgery.inputs import Batches
 from moduli.surgery.reading import load_own, read
 from moduli.surgery.report import ConversionReport
 from moduli.training.auxiliary import wire_auxiliary_loss
@@ -21,7 +21,7 @@ def convert(
     model: nn.Module,
     method: Method | type[Method] | str,
     *,
-    batch: Mapping[str, Any] | None = None,
+    batch: Batches | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport | None:
     """Apply a method to a model, in place.
@@ -32,7 +32,8 @@ def convert(
         method: a config such as `moduli.EMoE(num_experts=16, top_k=4)`, its class, or its name
             (defaults).
         batch: keyword arguments of the model's forward; output errors in the report are measured
-            on them, otherwise on random inputs.
+            on them, otherwise on random inputs. Methods that look at data take several batches
+            as well, as a list.
         progress: called with a line of text per step.
 
     Returns:

@@ -19,7 +19,9 @@ from moduli.surgery.conversion import (
     restore_split,
     split_model,
 )
+from moduli.surgery.inputs import Batches, as_list
 from moduli.surgery.layout import Layout
+from moduli.surgery.partition.observe import Sample
 from moduli.surgery.report import ConversionReport
 
 
@@ -41,14 +43,15 @@ class Method:
         self,
         model: nn.Module,
         *,
-        batch: Mapping[str, Any] | None = None,
+        batch: Batches | None = None,
         progress: Progress | None = None,
     ) -> ConversionReport | None:
         """Change `model` in place.
 
         Args:
             model: a dense transformers model.
-            batch: keyword arguments of its forward, to measure output errors on real inputs.
+            batch: keyword arguments of its forward, to measure output errors on real inputs, or
+                several of those for methods that look at data.
             progress: see `Progress`.
         """
         raise TypeError(f"{type(self).__name__} does not define apply(model)")
@@ -92,7 +95,7 @@ class SplitMethod(Method):
         self,
         model: nn.Module,
         *,
-        batch: Mapping[str, Any] | None = None,
+        batch: Batches | None = None,
         progress: Progress | None = None,
     ) -> ConversionReport:
         """Split the chosen FFNs into experts; see `moduli.convert`."""
@@ -114,7 +117,7 @@ class OwnedMethod(Method):
         self,
         model: nn.Module,
         *,
-        batch: Mapping[str, Any] | None = None,
+        batch: Batches | None = None,
         progress: Progress | None = None,
     ) -> ConversionReport:
         """Replace the chosen FFNs by experts; see `moduli.convert`."""
@@ -125,4 +128,39 @@ class OwnedMethod(Method):
         restore_owned(model, layout, self.recipe().own)
 
 
-__all__ = ["Method", "OwnedMethod", "Progress", "SplitMethod"]
+class DataMethod(Method):
+    """A method that may look at data, and whose settings say whether its experts are groups of
+    neurons or have parameters of their own: its recipe is of one kind or of the other."""
+
+    def recipe(self, progress: Progress | None, sample: Sample | None) -> Recipe | OwnedRecipe:
+        """What `moduli.surgery.conversion` needs to know.
+
+        Args:
+            progress: see `Progress`.
+            sample: the model and what was given to look at; None when nothing is searched for.
+        """
+        raise TypeError(f"{type(self).__name__} does not define recipe(progress, sample)")
+
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        batch: Batches | None = None,
+        progress: Progress | None = None,
+    ) -> ConversionReport:
+        """Make experts of the chosen FFNs; see `moduli.convert`."""
+        recipe = self.recipe(progress, Sample(model, as_list(batch)))
+        if isinstance(recipe, OwnedRecipe):
+            return own_model(model, recipe, batch=batch, progress=progress)
+        return split_model(model, recipe, batch=batch, progress=progress)
+
+    def restore(self, model: nn.Module, layout: Layout, permuted: bool) -> None:
+        """Route a model that was read from a checkpoint."""
+        recipe = self.recipe(None, None)
+        if isinstance(recipe, OwnedRecipe):
+            restore_owned(model, layout, recipe.own)
+        else:
+            restore_split(model, layout, recipe.split, permuted=permuted)
+
+
+__all__ = ["DataMethod", "Method", "OwnedMethod", "Progress", "SplitMethod"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moduli.errors import CheckpointError
 from moduli.surgery.convert import Split, own_ffns, require_dense, split_ffns
-from moduli.surgery.inputs import probe_batch
+from moduli.surgery.inputs import Batches, as_list, probe_batch
 from moduli.surgery.layers import LayerSpec, choose_layers
 from moduli.surgery.layout import LayerLayout, Layout, OwnedLayout
 from moduli.surgery.locate import FFN, find_ffns, survey
@@ -43,6 +43,8 @@ class Recipe:
         labels: the expert of every neuron of an FFN.
         split: router, options and biases for an FFN.
         check: raises if the settings cannot work for an FFN; called before anything changes.
+        fit: called once with the routed layers before they are measured, for what has to be
+            learned from data at conversion; None for nothing.
     """
 
     method: str
@@ -53,6 +55,7 @@ class Recipe:
     labels: Callable[[FFN], Int[Tensor, " F"]]
     split: Callable[[FFN], Split]
     check: Callable[[FFN], object]
+    fit: Callable[[Sequence[RoutedLayer]], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def split_model(
     model: nn.Module,
     recipe: Recipe,
     *,
-    batch: Mapping[str, Any] | None = None,
+    batch: Batches | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Split the FFNs of `model` in place and measure what that changed.
@@ -87,7 +90,8 @@ def split_model(
     Args:
         model: a dense model.
         recipe: see `Recipe`.
-        batch: inputs to measure output errors on; random ones otherwise.
+        batch: inputs to measure output errors on, the first if there are several; random ones
+            otherwise.
         progress: called with a line of text per step.
 
     Raises:
@@ -101,7 +105,7 @@ def own_model(
     model: nn.Module,
     recipe: OwnedRecipe,
     *,
-    batch: Mapping[str, Any] | None = None,
+    batch: Batches | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Replace FFNs of `model` by experts of their own, in place; see `split_model`."""
@@ -115,7 +119,7 @@ def _converted(
     model: nn.Module,
     recipe: R,
     install: Callable[[nn.Module, R, list[FFN], Progress], list[RoutedLayer]],
-    batch: Mapping[str, Any] | None,
+    batch: Batches | None,
     progress: Progress | None,
 ) -> ConversionReport:
     started = time.monotonic()
@@ -126,7 +130,7 @@ def _converted(
         recipe.check(ffn)
     before = sum(p.numel() for p in model.parameters())
     routed = install(model, recipe, chosen, progress or (lambda line: None))
-    errors, probe = measured_errors(model, batch)
+    errors, probe = measured_errors(model, next(iter(as_list(batch)), None))
     return ConversionReport(
         method=recipe.method,
         num_experts=recipe.num_experts,
@@ -148,7 +152,10 @@ def _split_chosen(
         progress(f"{ffn.name}: {ffn.width} neurons, {recipe.num_experts} experts")
         labels.append(recipe.labels(ffn))
     split = recipe.split(chosen[0])
-    return [*split_ffns(model, chosen, labels, split, recipe.method, recipe.config)]
+    routed = [*split_ffns(model, chosen, labels, split, recipe.method, recipe.config)]
+    if recipe.fit is not None:
+        recipe.fit(routed)
+    return [*routed]
 
 
 def _own_chosen(

@@ -1,17 +1,30 @@
-"""Random inputs that fit a model, for measuring what a conversion or a merge changes.
+"""Inputs of a model: those that a caller gives, and random ones to measure changes on.
 
-They only tell the order of magnitude; pass real ones where there are some. Letters: B batch,
-S sequence.
+Random ones only tell the order of magnitude; pass real ones where there are some. Letters: B
+batch, S sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 TEXTS, LENGTH, IMAGES = 4, 32, 2
+
+Batch = Mapping[str, Any]
+"""Keyword arguments of a model's forward."""
+Batches = Batch | Sequence[Batch]
+"""One batch, or several."""
+
+
+def as_list(batch: Batches | None) -> list[Batch]:
+    """The batches that were given, none or one or several, as a list."""
+    if batch is None:
+        return []
+    return [batch] if isinstance(batch, Mapping) else list(batch)
 
 
 def probe_batch(model: nn.Module) -> tuple[str, dict[str, Tensor]] | None:

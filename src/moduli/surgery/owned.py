@@ -285,7 +285,7 @@ def _mean_by(copies: Tensor, index: Tensor, width: int) -> tuple[Tensor, bool]:
 
 def is_faithful(layer: OwnedExperts) -> bool:
     """Whether a dense FFN can compute what the experts do: copies of the whole FFN that are
-    still equal, or a partition of its neurons."""
+    still equal and of which a token takes a mean, or a partition of its neurons."""
     _, averaged = merged_experts(layer)
     groups = list(layer.members)
     if layer.residual_members is not None:
@@ -293,6 +293,7 @@ def is_faithful(layer: OwnedExperts) -> bool:
     everyone = torch.cat(groups)
     counts = torch.bincount(everyone, minlength=layer.width)
     whole = all(len(m) == layer.width for m in layer.members)
+    whole = whole and layer.router.rule.combine != "one"  # a sum of k copies is no dense FFN
     return not averaged and (whole or bool((counts == 1).all()))
 
 
@@ -315,8 +316,9 @@ def expert_parallel_plan(model: nn.Module) -> dict[str, str]:
                 "parameters of their own, such as those of sparse upcycling or GMoE"
             )
         if isinstance(module, ExpertBank) and name.endswith(".experts"):
-            plan[name] = "ep_dispatch_experts"
+            # In this order: the dispatch looks at how many experts were left on the rank.
             plan |= {f"{name}.{key}": "grouped_gemm" for key, _ in module.named_parameters()}
+            plan[name] = "ep_dispatch_experts"
     if not plan:
         raise ModelError(f"this {type(model).__name__} has no experts of their own")
     return plan

@@ -18,11 +18,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moduli.losses.balance import load_importance_loss, switch_loss
-from moduli.routing import RouteContext, Router, Routing
+from moduli.losses.noisy_top_k import noisy_top_k_loss
+from moduli.routing import AvgKRouter, NoisyRouting, RouteContext, Router, Routing
 from moduli.surgery.locate import FFN
 
 Select = Literal["gate", "up", "up_abs", "inter", "inter_abs"]
 Aux = Literal["none", "load_importance", "load_importance_paper", "switch"]
+NoisyAux = Literal["noisy_top_k", "noisy_top_k_paper"]
+"""Of routers that learn their noise; "paper" tells who was chosen as LLaMA-MoE's code does."""
 
 
 @dataclass
@@ -79,7 +82,7 @@ class SeamOptions:
     """
 
     select: Select = "gate"
-    aux: Aux = "none"
+    aux: Aux | NoisyAux = "none"
     aux_weight: float = 0.01
     dropout: float = 0.0
     dropout_before: bool = False
@@ -113,6 +116,7 @@ class RoutedLayer(nn.Module):
         self._ffn = (ffn,)  # in a tuple, so that the block does not become a sub-module of itself
         self.auxiliary: Tensor | None = None  # unweighted, of the last training forward
         self.lost_auxiliary = False  # it was due, but gradients were off
+        self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
 
     @property
     def ffn(self) -> FFN:
@@ -154,12 +158,24 @@ class RoutedLayer(nn.Module):
         assert routing.scores is not None
         assert routing.noisy_scores is not None
         scores, noisy, experts = routing.scores, routing.noisy_scores, routing.experts
-        if context.real is not None and not self.router.rule.route_padding:
-            keep = context.real
+        keep = None if self.router.rule.route_padding else context.real
+        if keep is not None:
             scores, noisy, experts = scores[keep], noisy[keep], experts[keep]
         if self.options.aux == "switch":
             return switch_loss(scores, experts)
         rule = self.router.rule
+        if self.options.aux in ("noisy_top_k", "noisy_top_k_paper"):
+            assert isinstance(routing, NoisyRouting)
+            spread = routing.spread
+            if keep is not None and spread is not None:
+                spread = spread[keep]
+            return noisy_top_k_loss(
+                scores,
+                noisy,
+                spread,
+                rule.top_k,
+                chosen_by="noise" if self.options.aux == "noisy_top_k_paper" else "scores",
+            )
         paper = self.options.aux == "load_importance_paper"
         compare = "probabilities" if paper else "scores"
         return load_importance_loss(scores, noisy, rule.top_k, rule.noise, compare=compare)
@@ -171,3 +187,13 @@ class RoutedLayer(nn.Module):
     def extra_repr(self) -> str:
         low, high = min(self.sizes), max(self.sizes)
         return f"neurons={low}" if low == high else f"neurons={low}..{high}"
+
+
+def _settle(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before a state dict: make a due update of a kept gate, since a resumed run cannot."""
+    router = layer.router
+    if isinstance(router, AvgKRouter):
+        due = router.stale
+        router.update()
+        # Without momentum it may be repeated, should an optimiser step be still to come.
+        router.stale = due and router.momentum == 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moduli.errors import ModelError
 from moduli.experts.ffn import merged_out_bias
-from moduli.routing import AvgKRouter, Router
+from moduli.routing import Router
 from moduli.surgery.locate import FFN
 from moduli.surgery.projection import base_of, bias_of
 from moduli.surgery.routed import Pass, RoutedLayer, SeamOptions
@@ -60,7 +60,6 @@ class RoutedActivation(RoutedLayer):
             ordered = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
             labels = torch.empty_like(ordered).scatter_(0, ffn.order.cpu(), ordered)
         self.register_buffer("labels", labels, persistent=False)
-        self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
 
     labels: Tensor | None  # expert of every neuron, where the neurons have not been moved
     order: Tensor | None
@@ -150,16 +149,6 @@ class RoutedActivation(RoutedLayer):
         own = bias_of(base_of(self.ffn.last))
         if own is not None and self.out_bias is not None:
             own.requires_grad_(self._own_bias_trained)
-
-
-def _settle(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Before a state dict: make a due update of a kept gate, since a resumed run cannot."""
-    router = layer.router
-    if isinstance(router, AvgKRouter):
-        due = router.stale
-        router.update()
-        # Without momentum it may be repeated, should an optimiser step be still to come.
-        router.stale = due and router.momentum == 0
 
 
 def mask_neurons(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from moduli.methods.base import Method, Progress
+from moduli.surgery.inputs import Batches
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Dense(Method):
         self,
         model: nn.Module,
         *,
-        batch: Mapping[str, Any] | None = None,
+        batch: Batches | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Leave the model as it is."""

@@ -1,50 +1,69 @@
-"""EMoE on a real model: labels, router and seam, put together from the rooms below.
+"""EMoE on a real model: labels, router and seam or bank, put together from the rooms below.
 
 Letters: D width, F neurons, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Int
 from torch import Tensor
 
 from moduli.errors import ConfigError
+from moduli.experts.bank import ExpertBank
+from moduli.experts.ffn import members_of
 from moduli.methods.base import Progress
 from moduli.methods.emoe.config import EMoE
 from moduli.routing import AvgKRouter, CosineRouter, LinearRouter, Router, Rule, gate_from_keys
-from moduli.surgery.conversion import Recipe
+from moduli.surgery.conversion import OwnedRecipe, Recipe
 from moduli.surgery.convert import Split
 from moduli.surgery.locate import FFN
-from moduli.surgery.partition import (
-    balanced_clusters,
-    balanced_sizes,
-    contiguous_labels,
-    random_labels,
-)
+from moduli.surgery.owned import Own
+from moduli.surgery.partition import Sample, balanced_sizes, named_labels, require_data
 from moduli.surgery.routed import SeamOptions
 
 
-def recipe(config: EMoE, progress: Progress | None) -> Recipe:
+def recipe(
+    config: EMoE, progress: Progress | None, sample: Sample | None = None
+) -> Recipe | OwnedRecipe:
     """What `moduli.surgery.conversion` needs to know."""
-    return Recipe(
+
+    def labels(ffn: FFN) -> Int[Tensor, " F"]:
+        return make_labels(config, ffn, progress, sample)
+
+    if config.expert_repeat == 1:
+        return Recipe(
+            method=config.name,
+            config=config.to_dict(),
+            layers=config.layers,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            labels=labels,
+            split=lambda ffn: split_of(config, ffn.gated),
+            check=lambda ffn: check(config, ffn, sample),
+        )
+    return OwnedRecipe(
         method=config.name,
         config=config.to_dict(),
         layers=config.layers,
         num_experts=config.num_experts,
         top_k=config.top_k,
-        labels=lambda ffn: make_labels(config, ffn, progress),
-        split=lambda ffn: split_of(config, ffn.gated),
-        check=lambda ffn: check(config, ffn),
+        members=lambda ffn: (
+            members_of(labels(ffn), config.num_experts, config.expert_repeat),
+            None,
+        ),
+        own=own_of(config),
+        check=lambda ffn: check(config, ffn, sample),
     )
 
 
-def check(config: EMoE, ffn: FFN) -> None:
+def check(config: EMoE, ffn: FFN, sample: Sample | None = None) -> None:
     """Raise if the settings cannot work for this FFN.
 
     Raises:
-        ConfigError: more experts than neurons, or a `select` rule on an FFN without a gate.
+        ConfigError: more experts than neurons, a `select` rule on an FFN without a gate, a split
+            that needs data without any, or repeated clusters by the reference's other code path.
     """
     balanced_sizes(ffn.width, config.num_experts)
     if config.select != "gate" and not ffn.gated:
@@ -52,34 +71,75 @@ def check(config: EMoE, ffn: FFN) -> None:
             f"select={config.select!r} needs a gated FFN, but {ffn.name} ({ffn.family.name}) has "
             "no up projection beside its gate; use select='gate'"
         )
+    if config.expert_repeat > 1 and config.preset == "paper" and ffn.gated:
+        raise ConfigError(
+            f"{ffn.name} ({ffn.family.name}) is a gated FFN, for which the reference has no "
+            "repeated clusters; leave preset or expert_repeat out"
+        )
+    if config.split == "coactivation":
+        require_data(sample, "split='coactivation'")
 
 
-def make_labels(config: EMoE, ffn: FFN, progress: Progress | None = None) -> Int[Tensor, " F"]:
-    """Expert of every neuron, as `config.split` says."""
-    if config.split == "contiguous":
-        return contiguous_labels(ffn.width, config.num_experts)
-    if config.split == "random":
-        return random_labels(ffn.width, config.num_experts, config.seed + ffn.index)
-
-    def report(done: int, swaps: int, share: float) -> None:
-        if progress is not None:
-            progress(f"{ffn.name}: pass {done}, {swaps} swaps, {share:.1%} explained")
-
-    return balanced_clusters(
-        ffn.keys(),
+def make_labels(
+    config: EMoE, ffn: FFN, progress: Progress | None = None, sample: Sample | None = None
+) -> Int[Tensor, " F"]:
+    """Cluster of every neuron, as `config.split` says."""
+    return named_labels(
+        config.split,
+        ffn,
         config.num_experts,
         seed=config.seed,
+        sample=sample,
         time_limit=config.cluster_seconds,
-        progress=report,
+        progress=progress,
     )
 
 
 def split_of(config: EMoE, gated: bool) -> Split:
-    """Router, seam options and bias rule of the resolved settings."""
+    """Router, seam options and bias rule of the resolved settings, for experts in place."""
     c = config.resolved(gated)
-    assert c.combine is not None
-    assert c.aux is not None
     assert c.out_bias is not None
+
+    def router(ffn: FFN, sizes: Sequence[int]) -> Router:
+        return router_of(c, ffn.hidden, ffn.keys, sizes)
+
+    return Split(router, options_of(c), c.out_bias, c.top_k)
+
+
+def own_of(config: EMoE) -> Own:
+    """The same for experts of repeated clusters, which are copies."""
+    c = config.resolved(gated=False)
+    assert c.out_bias is not None
+
+    def router(ffn: FFN, bank: ExpertBank) -> Router:
+        return router_of(c, ffn.hidden, bank.keys, bank.sizes)
+
+    return Own(router, options_of(c), c.out_bias, c.top_k)
+
+
+def options_of(c: EMoE) -> SeamOptions:
+    """What lies around the routing, by resolved settings."""
+    assert c.aux is not None
+    return SeamOptions(
+        select=c.select,
+        aux=c.aux,
+        aux_weight=c.aux_weight,
+        dropout=c.expert_dropout or 0.0,
+        dropout_before=bool(c.dropout_before),
+        path=c.path,
+    )
+
+
+def router_of(c: EMoE, hidden: int, keys: Callable[[], Tensor], sizes: Sequence[int]) -> Router:
+    """The router of a layer.
+
+    Args:
+        c: resolved settings.
+        hidden: D.
+        keys: returns the current keys of all experts, one expert after the other.
+        sizes: neurons per expert.
+    """
+    assert c.combine is not None
     rule = Rule(
         top_k=c.top_k,
         choose=c.choose,
@@ -89,23 +149,9 @@ def split_of(config: EMoE, gated: bool) -> Split:
         prioritized=c.prioritized,
         route_padding=bool(c.route_padding),
     )
-    options = SeamOptions(
-        select=c.select,
-        aux=c.aux,
-        aux_weight=c.aux_weight,
-        dropout=c.expert_dropout or 0.0,
-        dropout_before=bool(c.dropout_before),
-        path=c.path,
-    )
-
-    def router(ffn: FFN, sizes: Sequence[int]) -> Router:
-        if c.gate == "cosine":
-            return CosineRouter(ffn.hidden, len(sizes), rule)
-        if c.gate == "linear":
-            means = gate_from_keys(ffn.keys().detach(), sizes)
-            return LinearRouter(ffn.hidden, len(sizes), rule, init=means)
-        return AvgKRouter(
-            ffn.keys, sizes, rule, normalize=c.normalize_gate, momentum=c.gate_momentum
-        )
-
-    return Split(router, options, c.out_bias, c.top_k)
+    if c.gate == "cosine":
+        return CosineRouter(hidden, len(sizes), rule)
+    if c.gate == "linear":
+        means = gate_from_keys(keys().detach(), sizes)
+        return LinearRouter(hidden, len(sizes), rule, init=means)
+    return AvgKRouter(keys, sizes, rule, normalize=c.normalize_gate, momentum=c.gate_momentum)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from moduli.errors import ConfigError
-from moduli.methods.base import Progress, SplitMethod
+from moduli.methods.base import DataMethod, Progress
 from moduli.routing.rule import Choose, Combine
-from moduli.surgery.conversion import Recipe
+from moduli.surgery.conversion import OwnedRecipe, Recipe
+from moduli.surgery.partition import NamedSplit, Sample
 from moduli.surgery.routed import Aux, Select
 
 # Settings left at None take these values, by preset.
@@ -50,7 +51,7 @@ PAPER_GATED = {**DEFAULTS[None], "out_bias": "shared"}
 
 
 @dataclass(frozen=True)
-class EMoE(SplitMethod):
+class EMoE(DataMethod):
     """Settings of EMoE. None means: as the preset says.
 
     Attributes:
@@ -61,7 +62,11 @@ class EMoE(SplitMethod):
             dropping, output bias split over experts, dropout inside experts, a kept gate that is
             re-tied after every micro-batch; for gated FFNs none of these, as there).
         split: how neurons are grouped: "cluster" by balanced clustering of keys, "contiguous"
-            blocks (what the reference's `random_cluster` builds), or a seeded "random" shuffle.
+            blocks (what the reference's `random_cluster` builds), a seeded "random" shuffle, or
+            "coactivation" of neurons on data, which conversion must then be given.
+        expert_repeat: clusters per expert, r: expert i has clusters i, i + 1, ..., i + r - 1 (mod
+            E). Above 1 experts overlap, so that they are copies with parameters of their own, and
+            merging averages them; at E every expert is the whole FFN.
         gate: "avgk", or a learned "cosine" (EMoE-learn) or "linear" gate; "linear" starts at the
             mean keys.
         select: for gated FFNs: the quantity whose mean over an expert's neurons scores it.
@@ -94,7 +99,8 @@ class EMoE(SplitMethod):
     top_k: int = 4
     layers: str | Sequence[int] | Sequence[str] = "last:2"
     preset: Literal["paper"] | None = None
-    split: Literal["cluster", "contiguous", "random"] = "cluster"
+    split: NamedSplit = "cluster"
+    expert_repeat: int = 1
     gate: Literal["avgk", "cosine", "linear"] = "avgk"
     select: Select = "gate"
     choose: Choose = "top"
@@ -125,6 +131,16 @@ class EMoE(SplitMethod):
             raise ConfigError(
                 f"top_k is {self.top_k}, but there are {self.num_experts} experts; "
                 f"choose 1 to {self.num_experts}"
+            )
+        if not 1 <= self.expert_repeat <= self.num_experts:
+            raise ConfigError(
+                f"expert_repeat is {self.expert_repeat}, but there are {self.num_experts} "
+                f"clusters; choose 1 to {self.num_experts}"
+            )
+        if self.expert_repeat > 1 and self.select != "gate":
+            raise ConfigError(
+                f"select={self.select!r} scores neurons where they are; with expert_repeat > 1 "
+                "use select='gate'"
             )
         if self.choose == "not_top" and self.top_k == self.num_experts:
             raise ConfigError("choose='not_top' with top_k = num_experts leaves no expert")
@@ -162,8 +178,10 @@ class EMoE(SplitMethod):
             object.__setattr__(new, f.name, changes.get(f.name, getattr(self, f.name)))
         return new
 
-    def recipe(self, progress: Progress | None) -> Recipe:
-        """Labels, router and seam of EMoE."""
+    def recipe(
+        self, progress: Progress | None, sample: Sample | None = None
+    ) -> Recipe | OwnedRecipe:
+        """Labels, router and seam of EMoE, or its bank of overlapping experts."""
         from moduli.methods.emoe.assemble import recipe
 
-        return recipe(self, progress)
+        return recipe(self, progress, sample)

@@ -10,13 +10,16 @@ from moduli.surgery.partition.importance import (
     kmeans_groups,
     neuron_importance,
 )
-from moduli.surgery.partition.observe import observe
+from moduli.surgery.partition.named import NamedSplit, named_labels
+from moduli.surgery.partition.observe import Sample, observe, require_data
 from moduli.surgery.partition.pairswap import balanced_clusters
 from moduli.surgery.partition.quality import SplitQuality, explained_variance, split_quality
 from moduli.surgery.partition.sizes import balanced_sizes, contiguous_labels, random_labels
 
 __all__ = [
     "Coactivation",
+    "NamedSplit",
+    "Sample",
     "SharedSplit",
     "SplitQuality",
     "balanced_clusters",
@@ -28,9 +31,11 @@ __all__ = [
     "inner_sharing_members",
     "inter_sharing",
     "kmeans_groups",
+    "named_labels",
     "neuron_importance",
     "observe",
     "random_labels",
     "rebalance",
+    "require_data",
     "split_quality",
 ]

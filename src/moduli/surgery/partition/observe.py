@@ -7,16 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from moduli.errors import ConfigError
 from moduli.surgery.locate import FFN
 
 See = Callable[[FFN, Tensor, Tensor], None]
 """Called with (FFN, its input [T, D], its pre-activations [T, F])."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A dense model and inputs for it: what constructions that look at data are made from.
+
+    Attributes:
+        model: any.
+        batches: keyword arguments of its forward; may be none.
+    """
+
+    model: nn.Module
+    batches: Sequence[Mapping[str, Any]]
+
+
+def require_data(sample: Sample | None, setting: str) -> Sample:
+    """The sample, if it has inputs.
+
+    Raises:
+        ConfigError: there are none, although `setting` looks at data.
+    """
+    if sample is None or not sample.batches:
+        raise ConfigError(
+            f"{setting} looks at data: give it inputs by moduli.convert(model, method, "
+            "batch=batch), keyword arguments of the model's forward, or a list of such batches"
+        )
+    return sample
 
 
 @torch.no_grad()
