@@ -113,13 +113,13 @@ def _taken_over(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
 ) -> list[Part]:
-    tied = [e for e in experts if e.config.tie_word_embeddings != base.config.tie_word_embeddings]
-    if recipe.others == "average" and tied:
-        raise ModelError(
-            f"{tied[0].role} has tie_word_embeddings={tied[0].config.tie_word_embeddings}, the "
-            f"base {base.config.tie_word_embeddings}, so their output layers cannot be averaged; use "
-            "others='base'"
-        )
+    ties = base.config.tie_word_embeddings
+    for source in experts if recipe.others == "average" else ():
+        if source.config.tie_word_embeddings != ties:
+            raise ModelError(
+                f"{source.role} has tie_word_embeddings={not ties}, the base {ties}, so their "
+                "output layers cannot be averaged; use others='base'"
+            )
     parts = []
     for name, shape in shapes.items():
         copied = stock.copied(name)
