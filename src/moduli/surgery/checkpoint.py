@@ -29,7 +29,7 @@ from moduli.surgery.merge import dense_state, is_averaged
 from moduli.surgery.modular import is_modular, routed_layers
 from moduli.surgery.probe import merge_gap
 from moduli.surgery.processes import gathered, is_shared, is_writer, unwrapped, write_once
-from moduli.surgery.projection import whole
+from moduli.surgery.projection import is_sharded, whole
 from moduli.version import __version__
 
 
@@ -85,6 +85,7 @@ def save(
         raise ModelError(
             f"{type(model).__name__} has no save_pretrained; moduli saves transformers models"
         )
+    _require_storable(model)
     modular = is_modular(model)
     layout = recorded_layout(model)[1] if modular else None
     exact = not any(is_averaged(layer) for layer in routed_layers(model).values())
@@ -115,6 +116,22 @@ def save(
 
     write_once(write, together)
     return SaveReport(target, exact, gap, measured_on)
+
+
+def _require_storable(model: Any) -> None:
+    """Raise for weights in a quantiser's own form, unless transformers knows how to write them.
+
+    Of a PEFT model only adapters are written.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or hasattr(model, "peft_config"):
+        return
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not Tensor and not is_sharded(parameter):
+            raise ModelError(
+                f"{name} is a {type(parameter.data).__name__}, which safetensors cannot hold; "
+                "transformers writes quantised weights of models that it has quantised itself: "
+                "from_pretrained(..., quantization_config=TorchAoConfig(...))"
+            )
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class RoutedActivation(RoutedLayer):
 
     def forward(self, z: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         if self.shared.dense:
-            self._gates = None
+            self._gates = self._input = None
             full: Tensor = self.activation(z)
             return full
         lead = z.shape[:-1]
