@@ -72,6 +72,29 @@ _SEQ2SEQ = {
 }
 
 
+_AUDIO = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": NEURONS,
+    "conv_dim": (8, 8),
+    "conv_stride": (4, 2),
+    "conv_kernel": (8, 3),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 8,
+    "num_labels": 3,
+    "hidden_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,
+}
+
+
 def _t5(kind: str) -> Any:
     config = tr.T5Config(
         vocab_size=VOCAB,
@@ -128,6 +151,31 @@ def _clip() -> Any:
     return tr.CLIPModel(config)
 
 
+def _siglip() -> Any:
+    shared = {
+        "hidden_size": WIDTH,
+        "intermediate_size": NEURONS,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+    }
+    config = tr.SiglipConfig(
+        text_config={**shared, "vocab_size": VOCAB, "max_position_embeddings": 40},
+        vision_config={**shared, "image_size": 8, "patch_size": 2},
+    )
+    return tr.SiglipModel(config)
+
+
+def _vitmae() -> Any:
+    config = tr.ViTMAEConfig(
+        **{k: v for k, v in _IMAGE.items() if k != "num_labels"},
+        decoder_hidden_size=WIDTH,
+        decoder_num_hidden_layers=LAYERS,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=NEURONS,
+    )
+    return tr.ViTMAEForPreTraining(config)
+
+
 class OwnFFN(nn.Module):
     """An FFN with names that no table knows."""
 
@@ -145,28 +193,28 @@ class OwnFFN(nn.Module):
         return self.shrink(self.drop(hidden))
 
 
-def _own(gated: bool) -> Any:
+class TimmMlp(nn.Module):
+    """The parts of timm's MLP, by its names and in its order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(WIDTH, NEURONS)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(0.0)
+        self.norm = nn.Identity()
+        self.fc2 = nn.Linear(NEURONS, WIDTH)
+        self.drop2 = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+def _with(make: Callable[[], nn.Module]) -> Any:
     """A ViT whose FFNs are not those of transformers."""
     model = tiny.vit()
     for layer in model.vit.layers:
-        layer.mlp = OwnFFN(gated)
+        layer.mlp = make()
     return model
-
-
-def _timm() -> Any:
-    config = tr.TimmWrapperConfig(
-        architecture="vit_tiny_patch16_224",
-        num_labels=3,
-        model_args={
-            "img_size": 8,
-            "patch_size": 2,
-            "embed_dim": WIDTH,
-            "depth": LAYERS,
-            "num_heads": 2,
-            "mlp_ratio": NEURONS / WIDTH,
-        },
-    )
-    return tr.TimmWrapperForImageClassification(config)
 
 
 def _decoder(config: Any, model: Any, **changes: Any) -> Callable[[], Any]:
@@ -184,6 +232,13 @@ def _image(config: Any, model: Any, **changes: Any) -> Callable[[], Any]:
 TEXT_ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": tiny.bert,
     "roberta": _encoder(tr.RobertaConfig, tr.RobertaForSequenceClassification, pad_token_id=0),
+    "electra": _encoder(tr.ElectraConfig, tr.ElectraForSequenceClassification),
+    "megatron-bert": _encoder(tr.MegatronBertConfig, tr.MegatronBertForSequenceClassification),
+    "xlm": lambda: tr.XLMForSequenceClassification(
+        tr.XLMConfig(
+            vocab_size=VOCAB, emb_dim=WIDTH, n_layers=LAYERS, n_heads=2, dropout=0.0, num_labels=3
+        )
+    ),
     "distilbert": lambda: tr.DistilBertForSequenceClassification(
         tr.DistilBertConfig(
             vocab_size=VOCAB,
@@ -221,9 +276,40 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "qwen2": _decoder(tr.Qwen2Config, tr.Qwen2ForCausalLM),
     "qwen3": _decoder(tr.Qwen3Config, tr.Qwen3ForCausalLM, head_dim=8),
     "gemma": _decoder(tr.GemmaConfig, tr.GemmaForCausalLM, head_dim=8),
+    "gemma2": _decoder(tr.Gemma2Config, tr.Gemma2ForCausalLM, head_dim=8, sliding_window=8),
+    "gemma3": _decoder(tr.Gemma3TextConfig, tr.Gemma3ForCausalLM, head_dim=8, sliding_window=8),
+    "olmo2": _decoder(tr.Olmo2Config, tr.Olmo2ForCausalLM),
     "phi": _decoder(tr.PhiConfig, tr.PhiForCausalLM),
     "phi3": _decoder(tr.Phi3Config, tr.Phi3ForCausalLM),
     "gpt-neox": _decoder(tr.GPTNeoXConfig, tr.GPTNeoXForCausalLM),
+    "starcoder2": _decoder(tr.Starcoder2Config, tr.Starcoder2ForCausalLM),
+    "falcon": lambda: tr.FalconForCausalLM(
+        tr.FalconConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            ffn_hidden_size=NEURONS,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "bloom": lambda: tr.BloomForCausalLM(
+        tr.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=LAYERS, n_head=2)
+    ),
+    "gpt-j": lambda: tr.GPTJForCausalLM(
+        tr.GPTJConfig(
+            vocab_size=VOCAB,
+            n_positions=64,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=2,
+            n_inner=NEURONS,
+            rotary_dim=4,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
     "opt": lambda: tr.OPTForCausalLM(
         tr.OPTConfig(
             vocab_size=VOCAB,
@@ -252,17 +338,38 @@ IMAGES: dict[str, Callable[[], Any]] = {
     "dinov2-swiglu": _image(
         tr.Dinov2Config, tr.Dinov2ForImageClassification, use_swiglu_ffn=True, mlp_ratio=3
     ),
-    "structure": lambda: _own(gated=False),
-    "structure-gated": lambda: _own(gated=True),
+    "vit-mae": _vitmae,
+    "timm-mlp": lambda: _with(TimmMlp),
+    "structure": lambda: _with(lambda: OwnFFN(gated=False)),
+    "structure-gated": lambda: _with(lambda: OwnFFN(gated=True)),
 }
-OTHERS: dict[str, Callable[[], Any]] = {"whisper": _whisper, "ast": _ast, "clip": _clip}
+SOUNDS: dict[str, Callable[[], Any]] = {
+    "wav2vec2": lambda: tr.Wav2Vec2ForSequenceClassification(tr.Wav2Vec2Config(**_AUDIO)),
+    "hubert": lambda: tr.HubertForSequenceClassification(tr.HubertConfig(**_AUDIO)),
+}
+PAIRS: dict[str, Callable[[], Any]] = {"clip": _clip, "siglip": _siglip}
+OTHERS: dict[str, Callable[[], Any]] = {"whisper": _whisper, "ast": _ast, **SOUNDS, **PAIRS}
 FAMILIES = {**TEXT_ENCODERS, **DECODERS, **SEQ2SEQ, **IMAGES, **OTHERS}
+# Families without an FFN that can be converted.
+REFUSED: dict[str, Callable[[], Any]] = {
+    "mixtral": _decoder(tr.MixtralConfig, tr.MixtralForCausalLM, num_local_experts=4),
+    "olmoe": _decoder(tr.OlmoeConfig, tr.OlmoeForCausalLM, num_experts=4),
+    "gpt-oss": _decoder(tr.GptOssConfig, tr.GptOssForCausalLM, num_local_experts=4, head_dim=8),
+    "mpt": lambda: tr.MptForCausalLM(
+        tr.MptConfig(vocab_size=VOCAB, d_model=WIDTH, n_heads=2, n_layers=LAYERS, expansion_ratio=2)
+    ),
+    "esm": _encoder(tr.EsmConfig, tr.EsmForSequenceClassification, pad_token_id=0),
+    "albert": _encoder(tr.AlbertConfig, tr.AlbertForSequenceClassification),
+    "mamba": lambda: tr.MambaForCausalLM(
+        tr.MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=4)
+    ),
+}
 GENERATIVE = [*DECODERS, *SEQ2SEQ, "whisper"]
 
 
 def build(family: str, seed: int = 0, scale: float = 8.0) -> Any:
     """As `tests.tiny.build`, for every family."""
-    return tiny.initialise(FAMILIES[family], seed, scale)
+    return tiny.initialise({**FAMILIES, **REFUSED}[family], seed, scale)
 
 
 def inputs(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -273,15 +380,19 @@ def inputs(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> In
     mask[1, 6:] = 0
     ids = ids.where(mask == 1, 0)
     pixels = torch.randn(2, 3, 8, 8, generator=generator).to(dtype)
+    if family == "vit-mae":  # which patches are hidden
+        return {"pixel_values": pixels, "noise": torch.rand(2, 16, generator=generator).to(dtype)}
     if family in IMAGES:
         return {"pixel_values": pixels}
+    if family in SOUNDS:
+        return {"input_values": torch.randn(2, 200, generator=generator).to(dtype)}
     if family == "whisper":
         features = torch.randn(2, 8, 32, generator=generator).to(dtype)
         return {"input_features": features, "decoder_input_ids": ids}
     if family == "ast":
         return {"input_values": torch.randn(2, 8, 8, generator=generator).to(dtype)}
     text = {"input_ids": ids, "attention_mask": mask}
-    if family == "clip":
+    if family in PAIRS:
         return {**text, "pixel_values": pixels}
     if family in SEQ2SEQ:
         return {**text, "decoder_input_ids": ids[:, :7]}
@@ -297,4 +408,7 @@ def outputs(model: Any, batch: Inputs) -> Tensor:
 
 def ffn_count(family: str) -> int:
     """FFNs in the tiny model."""
-    return LAYERS * (2 if family in SEQ2SEQ or family in ("whisper", "clip") else 1)
+    if family == "siglip":  # one more in the head of its vision tower
+        return 2 * LAYERS + 1
+    two = family in SEQ2SEQ or family in ("whisper", "clip", "vit-mae")
+    return LAYERS * (2 if two else 1)

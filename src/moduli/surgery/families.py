@@ -73,6 +73,16 @@ FAMILIES = (
     Family("modernbert", "Wi", "Wo", "act", fused=True, inner=("drop",)),
     Family("phi3", "gate_up_proj", "down_proj", "activation_fn", fused=True),
     Family("neox", "dense_h_to_4h", "dense_4h_to_h", "act"),
+    # Its forward adds the residual, too.
+    Family("bloom", "dense_h_to_4h", "dense_4h_to_h", "gelu_impl", entry=None),
     Family("gptj", "fc_in", "fc_out", "act", after=("dropout",)),
     Family("timm", "fc1", "fc2", "act", inner=("drop1", "norm"), after=("drop2",)),
+    Family(  # HuBERT, WavLM, ...
+        "wav2vec2",
+        "intermediate_dense",
+        "output_dense",
+        "intermediate_act_fn",
+        inner=("intermediate_dropout",),
+        after=("output_dropout",),
+    ),
 )

@@ -91,6 +91,8 @@ def obstacle(layer: RoutedActivation) -> str | None:
         return "path='masked' was asked for"
     if ffn.family.entry is None or not hasattr(ffn.block, ffn.family.entry):
         return "the FFN is inline in a larger forward"
+    if ffn.family.residual and not _ends_as_bert(ffn.block):
+        return "its block has a LayerNorm elsewhere than BERT's"
     if layer.out_bias is not None:
         return "experts have output biases of their own"
     if options.select != "gate":
@@ -139,6 +141,19 @@ def path_of(layer: RoutedLayer) -> str:
     if pays_off(layer):
         return f"fast from {MIN_TOKENS} tokens, else masked"
     return "masked (faster here: experts are narrow or most are chosen)"
+
+
+def _ends_as_bert(block: nn.Module) -> bool:
+    """Whether `feed_forward_chunk` is BERT's: nothing before the FFN, a LayerNorm after it."""
+    before, after = (
+        {name for name, _ in block.get_submodule(part).named_children()}
+        for part in ("intermediate", "output")
+    )
+    return (
+        before == {"dense", "intermediate_act_fn"}
+        and after == {"dense", "dropout", "LayerNorm"}
+        and not any(isinstance(child, nn.LayerNorm) for child in block.children())
+    )
 
 
 def _is_active(module: nn.Module) -> bool:

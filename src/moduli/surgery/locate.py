@@ -5,6 +5,7 @@ Letters: D width, F neurons.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from moduli.surgery.projection import (
     whole,
 )
 from moduli.surgery.structure import recognise
+
+PARTS = frozenset(path for family in FAMILIES for path in family.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +161,10 @@ def survey(model: nn.Module) -> tuple[list[FFN], list[Rejected]]:
             blocks.append((name, family, block))
     # Where the table knows the FFNs of a model, what only looks like one is a head.
     named = [entry for entry in blocks if entry[1] in FAMILIES]
-    found = [FFN(name, i, family, block) for i, (name, family, block) in enumerate(named or blocks)]
+    found = [
+        FFN(name, i, _as_used(block, family), block)
+        for i, (name, family, block) in enumerate(named or blocks)
+    ]
     return found, rejected
 
 
@@ -190,11 +196,24 @@ def _family_of(block: nn.Module) -> tuple[Family | None, str | None]:
     guess, reason = recognise(block)
     if guess is not None or reason is not None:
         return guess, reason
+    if any(p.dim() == 3 and name in PARTS for name, p in block.named_parameters(recurse=False)):
+        return None, "is a bank of experts already"
     nearest = max(FAMILIES, key=lambda f: len(present[f]) / len(f.required))
     missing = [path for path in nearest.required if path not in present[nearest]]
     if len(present[nearest]) < 2 or len(missing) > 1:
         return None, None
     return None, f"looks like {nearest.name}, but has no {missing[0]}"
+
+
+def _as_used(block: nn.Module, family: Family) -> Family:
+    """The family, without its entry where the block's own code has to run.
+
+    A block that holds the probability of a dropout calls it as a function, unseen by us.
+    """
+    drops = any("dropout" in key and isinstance(p, float) for key, p in vars(block).items())
+    if family.entry != "forward" or not drops or _existing(block, family.inner):
+        return family
+    return dataclasses.replace(family, entry=None)
 
 
 def _has(block: nn.Module, path: str) -> bool:

@@ -90,7 +90,8 @@ class OwnedExperts(RoutedLayer):
         self.width, self.hidden = ffn.width, ffn.hidden
         # Not registered: they have no weights until the layer is merged.
         self._dense = ({name: base_of(m) for name, m in ffn.projections.items()}, ffn.activation)
-        self._after = tuple(ffn.after) if ffn.family.entry == "forward" else ()
+        # Registered, so that they learn whether the model trains.
+        self.after = nn.ModuleList(ffn.after if ffn.family.entry == "forward" else [])
 
     @property
     def path(self) -> str:
@@ -107,7 +108,7 @@ class OwnedExperts(RoutedLayer):
         flat = x.reshape(-1, x.shape[-1])
         y = self._merged_output(flat) if self.shared.dense else self._routed(flat, x.shape[:-1])
         y = y.reshape(x.shape)
-        for module in self._after:
+        for module in self.after:
             y = module(y)
         return y
 

@@ -6,6 +6,7 @@ and comparing with what an FFN of these parts computes. Letters: D width, F neur
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import torch
@@ -41,7 +42,7 @@ def recognise(block: nn.Module) -> tuple[Family | None, str | None]:
     for family in guesses:
         reason = _difference(block, family)
         if reason is None:
-            return family, None
+            return _in_order(block, family), None
     return None, f"has the parts of an FFN, but {reason}"
 
 
@@ -78,14 +79,36 @@ def _guesses(
     return found
 
 
+def _probe(block: nn.Module, family: Family) -> Tensor:
+    """Random inputs [1, PROBES, D] of the block."""
+    weight = next(iter(block.parameters()))
+    generator = torch.Generator().manual_seed(0)
+    width = shape_of(block.get_submodule(family.first))[1]
+    x = torch.randn(1, PROBES, width, generator=generator)
+    return x.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
+
+
+@torch.no_grad()
+def _in_order(block: nn.Module, family: Family) -> Family:
+    """The family, with those of its inner modules that the block calls last as `after`."""
+    called: list[str] = []
+    hooks = [
+        block.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+        for name in (family.last, *family.inner)
+    ]
+    block(_probe(block, family))
+    for hook in hooks:
+        hook.remove()
+    after = tuple(called[called.index(family.last) + 1 :])
+    inner = tuple(name for name in family.inner if name not in after)
+    return dataclasses.replace(family, inner=inner, after=after)
+
+
 @torch.no_grad()
 def _difference(block: nn.Module, family: Family) -> str | None:
     """Why the block does not compute what its parts would as an FFN; None if it does."""
     first, last = block.get_submodule(family.first), block.get_submodule(family.last)
-    weight = next(iter(block.parameters()))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBES, shape_of(first)[1], generator=generator)
-    x = x.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
+    x = _probe(block, family)
     modes = {module: module.training for module in block.modules()}
     block.eval()
     try:
