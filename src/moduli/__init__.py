@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moduli.surgery.checkpoint import save
     from moduli.surgery.compose import compose
     from moduli.surgery.convert import set_top_k
+    from moduli.surgery.export import export
     from moduli.surgery.merge import merge
     from moduli.surgery.modular import dense, is_modular
     from moduli.training.auxiliary import auxiliary_loss
@@ -32,6 +33,7 @@ _VERBS = {
     "compose": "moduli.surgery.compose",
     "convert": "moduli.methods.api",
     "dense": "moduli.surgery.modular",
+    "export": "moduli.surgery.export",
     "is_modular": "moduli.surgery.modular",
     "load": "moduli.methods.api",
     "merge": "moduli.surgery.merge",
@@ -47,6 +49,7 @@ __all__ = [
     "compose",
     "convert",
     "dense",
+    "export",
     "is_modular",
     "load",
     "merge",

@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": "labels and probabilities for texts, as JSON lines",
     "convert": "turn a dense model into a modular one, or show what would be converted",
     "merge": "turn a modular model into an ordinary dense checkpoint",
+    "export": "write a modular decoder as a stock mixture-of-experts checkpoint",
     "compose": "several fine-tunes of one base as one MoE checkpoint",
     "fetch": "real models and data by name, from package registries",
     "methods": "the methods and their settings",

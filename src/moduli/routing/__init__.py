@@ -6,6 +6,7 @@ combine weights, noise, capacity) is a `Rule`, shared by all of them.
 
 from moduli.routing.avgk import AvgKRouter, gate_from_keys, key_means, retie
 from moduli.routing.capacity import capacity, slots
+from moduli.routing.expert_choice import ExpertChoiceRouter
 from moduli.routing.learned import CosineRouter, LinearRouter
 from moduli.routing.llama_moe import NoisyRouting, NoisyTopKRouter
 from moduli.routing.moefication import GroundTruthRouter, MLPRouter, SimilarityRouter
@@ -16,6 +17,7 @@ from moduli.routing.rule import Rule, route
 __all__ = [
     "AvgKRouter",
     "CosineRouter",
+    "ExpertChoiceRouter",
     "GroundTruthRouter",
     "LinearRouter",
     "MLPRouter",

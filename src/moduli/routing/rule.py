@@ -18,7 +18,7 @@ from moduli.routing.capacity import capacity, slots
 from moduli.routing.record import RouteContext, Routing
 
 Choose = Literal["top", "bottom", "not_top"]
-Combine = Literal["one", "softmax", "straight_through"]
+Combine = Literal["one", "softmax", "probability", "straight_through"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Rule:
         choose: "top" the K best experts, "bottom" the K worst, "not_top" the E - K others: the
             three arms of EMoE's negative-transfer analysis.
         combine: "one" every chosen expert counts fully (EMoE); "softmax" its probability,
-            renormalised over the chosen ones if K > 1 (Tutel); "straight_through" counts fully
-            but passes the gradient of the log-probability, so that a learned gate starts at the
-            dense function.
+            renormalised over the chosen ones if K > 1 (Tutel); "probability" is that without
+            renormalising (Switch); "straight_through" counts fully but passes the gradient of the
+            log-probability, so that a learned gate starts at the dense function.
         noise: standard deviation of the score noise in training, in units of 1 / E.
         capacity_factor: see `moduli.routing.capacity`; 0 drops nothing.
         prioritized: serve tokens in order of their best probability (batch-prioritised routing).
@@ -58,7 +58,7 @@ def route(scores: Float[Tensor, "T E"], rule: Rule, context: RouteContext) -> Ro
     num_experts = scores.shape[1]
     if not 1 <= rule.top_k <= num_experts:
         raise ConfigError(f"top_k is {rule.top_k}, but there are {num_experts} experts")
-    noisy = _add_noise(scores, rule, context)
+    noisy = add_noise(scores, rule, context)
     experts = _choose(noisy, rule)
     plain = rule.combine == "one"
     needs_probs = not plain or (rule.capacity_factor != 0 and rule.prioritized)
@@ -77,7 +77,10 @@ def route(scores: Float[Tensor, "T E"], rule: Rule, context: RouteContext) -> Ro
     return Routing(experts, weights, active, scores, noisy)
 
 
-def _add_noise(scores: Tensor, rule: Rule, context: RouteContext) -> Tensor:
+def add_noise(
+    scores: Float[Tensor, "T E"], rule: Rule, context: RouteContext
+) -> Float[Tensor, "T E"]:
+    """The scores that selection sees: in training with normal noise of `rule.noise` / E."""
     if not (context.training and rule.noise):
         return scores
     sample = context.noise
@@ -106,6 +109,6 @@ def _weights(
         log_probs = scores.log_softmax(dim=-1).gather(1, experts)
         return 1 + (log_probs - log_probs.detach())
     probs = probs.gather(1, experts)
-    if probs.shape[1] == 1:
+    if probs.shape[1] == 1 or combine == "probability":
         return probs
     return probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(probs.dtype).eps)

@@ -38,8 +38,8 @@ def loop(
     parts = [
         expert_forward(run, experts, i, activation) for i, run in enumerate(rows) if len(run) > 0
     ]
-    if not parts:  # every slot was dropped; keep the graph to x
-        return x * 0
+    if not parts:  # no slot is active; keep the graph, which other ranks may wait for
+        return x * 0 + routing.weights.sum().to(x.dtype) * 0
     done = torch.cat(parts)
     weights = routing.weights.reshape(-1)[order].to(done.dtype)
     if experts.out_bias is not None:

@@ -42,8 +42,6 @@ class GMoE(OwnedMethod):
             at evaluation, its form of the auxiliary loss, padding routed. "paper-language" is
             that of the EMoE repository for language models, which in addition gives every expert
             1 / k of the output bias although weights sum to 1, so that the layer starts with b / k.
-        combine: "softmax" as published, or "straight_through" (value 1 / k per chosen expert at
-            the start, whatever k).
         noise: standard deviation of score noise in training, in units of 1 / E.
         aux: auxiliary balance loss: "none", "load_importance", "load_importance_paper" or
             "switch".
@@ -60,7 +58,6 @@ class GMoE(OwnedMethod):
     top_k: int = 2
     layers: str | Sequence[int] | Sequence[str] = "last:1"
     preset: Literal["paper", "paper-language"] | None = None
-    combine: Literal["softmax"] = "softmax"
     noise: float = 1.0
     aux: Aux | None = None
     aux_weight: float = 0.01
@@ -92,7 +89,7 @@ class GMoE(OwnedMethod):
         capacity = self.capacity_factor
         rule = Rule(
             top_k=self.top_k,
-            combine=self.combine,
+            combine="softmax",
             noise=self.noise,
             capacity_factor=(1.5 if paper else 0.0) if capacity is None else capacity,
             route_padding=paper,
