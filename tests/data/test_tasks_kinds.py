@@ -108,6 +108,22 @@ def test_words_and_tags_may_be_lists_or_texts(tmp_path: Path) -> None:
     assert lists.label_names == ("X", "Y")
 
 
+def test_tags_of_a_datasets_directory_keep_their_names(tmp_path: Path) -> None:
+    """As CoNLL has them: integers in lists, with names in the features."""
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    names = ["O", "B-PER", "B-LOC"]
+    features = Features(
+        {"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))}
+    )
+    columns = {"tokens": [["a", f"w{i}"] for i in range(30)], "ner_tags": [[0, 2]] * 30}
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    task = load_task(str(tmp_path), tags_column="ner_tags")
+    assert task.kind == "token-classification"
+    assert task.label_names == tuple(names)
+    assert all(row["tags"] == [0, 2] for row in all_rows(task))
+
+
 def test_equal_pictures_are_in_one_split(tmp_path: Path) -> None:
     for i in range(30):
         for copy in "ab":

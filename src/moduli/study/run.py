@@ -167,9 +167,14 @@ def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
 
 def probe(model: Any, processor: Any, rows: Any, kind: TaskKind, length: int) -> dict[str, Any]:
     """The first training rows as one batch: what a conversion's output error is measured on."""
+    from moduli.training.finetune import TOKENS
+
     chosen = [rows[i] for i in range(min(PROBE_TEXTS, len(rows)))]
-    items = kind.prepare(processor, chosen, length).items
-    batch = kind.collator(model, processor, length)([*items][:PROBE_TEXTS])
+    examples = kind.prepare(processor, chosen, length)
+    longest = max([1, *examples.lengths])
+    size = max(1, min(PROBE_TEXTS, TOKENS // longest))
+    items = [examples.items[i] for i in range(min(size, len(examples.items)))]
+    batch = kind.collator(model, processor, length)(items)
     batch.pop("labels", None)
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 

@@ -30,6 +30,10 @@ from moduli.training.metrics import Scores
 from moduli.training.plain import BATCH_SIZE, outputs_of_batch
 from moduli.training.settings import FinetuneSettings
 
+TOKENS = 4096
+"""Tokens in a batch of an evaluation, padding included: the logits of a language model have a row
+as long as its vocabulary for each."""
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in training; `checkpoint` is where it can go on, or None if nothing was saved."""
@@ -147,8 +151,8 @@ def outputs_of(
 ) -> tuple[Examples, list[Output]]:
     """The examples made of `rows`, and what the model says to each.
 
-    Examples are batched by length, so that little is padding; the batches depend on the rows
-    alone, so that equal weights give equal bits.
+    Examples are batched by length, so that little is padding; the batches (at most `batch_size`
+    examples and `TOKENS` tokens) depend on the rows alone, so that equal weights give equal bits.
 
     Raises:
         DataError: no rows.
@@ -180,9 +184,14 @@ def batches_of(
     order = sorted(range(len(examples.items)), key=lambda i: (examples.lengths[i], i))
 
     def batches() -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
-            yield members, collate([examples.items[i] for i in members])
+        members: list[int] = []
+        for i in order:  # the next is the longest so far, so it sets the width of its batch
+            if len(members) == batch_size or (len(members) + 1) * examples.lengths[i] > TOKENS:
+                if members:
+                    yield members, collate([examples.items[m] for m in members])
+                members = []
+            members.append(i)
+        yield members, collate([examples.items[m] for m in members])
 
     return examples, batches()
 

@@ -23,6 +23,7 @@ from moduli.training.metrics import Metric, Scores
 
 GENERATE_BATCH = 16
 GENERATE_TOKENS = 128
+"""Longest text that is written, where the model's positions do not end before."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,23 @@ def _describe(
     model: Any, processor: Any, rows: Any, examples: Examples, outputs: Sequence[Output]
 ) -> list[dict[str, Any]]:
     """What the model makes of each source, by greedy search."""
+    positions = getattr(model.config, "max_position_embeddings", None) or processor.model_max_length
     training = model.training
     model.eval()
     found: list[dict[str, Any]] = []
     try:
         for start in range(0, len(rows), GENERATE_BATCH):
             sources = [rows[i]["source"] for i in range(start, len(rows))[:GENERATE_BATCH]]
-            batch = processor(sources, padding=True, truncation=True, return_tensors="pt")
+            batch = processor(
+                sources, padding=True, truncation=True, max_length=positions, return_tensors="pt"
+            )
             batch.pop("token_type_ids", None)
             with torch.no_grad():
                 written = model.generate(
                     **batch.to(model.device),
                     do_sample=False,
                     num_beams=1,
-                    max_new_tokens=GENERATE_TOKENS,
+                    max_new_tokens=min(GENERATE_TOKENS, positions - 1),
                 )
             texts = processor.batch_decode(written, skip_special_tokens=True)
             found += [{"source": s, "target": t} for s, t in zip(sources, texts, strict=True)]
