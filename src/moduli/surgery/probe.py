@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moduli.routing import GroundTruthRouter
 from moduli.surgery.fast import chosen_share, path_of
 from moduli.surgery.modular import dense, require_modular
 from moduli.surgery.owned import OwnedExperts, merged_experts
@@ -131,7 +132,10 @@ def layer_report(layer: RoutedLayer, error: float | None) -> LayerReport:
     matrices = 3 if family.up is not None or family.fused else 2
     dense_cost = matrices * hidden * width
     gate = hidden * len(sizes)
-    gate += sum(p.numel() for p in layer.router.parameters()) if layer.router.learned else 0
+    if layer.router.learned:
+        gate = sum(p.numel() for p in layer.router.parameters())
+    elif isinstance(layer.router, GroundTruthRouter):
+        gate = hidden * width
     return LayerReport(
         name=layer.ffn.name,
         neurons=width,
