@@ -17,6 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "experts": {"routing"},
     "surgery": {"experts", "routing", "losses"},
     "training": {"surgery", "experts", "routing", "losses", "data"},
+    "parallel": {"training", "surgery", "experts", "routing", "losses", "data"},
     "methods": {"training", "surgery", "experts", "routing", "losses", "data"},
     "study": {"methods", "training", "surgery", "experts", "routing", "losses", "data"},
     "cli": {"study", "methods", "training", "surgery", "experts", "routing", "losses", "data"},

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 import moduli
 from moduli.errors import ModelError
 from moduli.surgery.modular import routed_layers
-from moduli.surgery.owned import OwnedExperts, expert_parallel_plan, merged_experts
+from moduli.surgery.owned import OwnedExperts, merged_experts
 from tests import tiny
 from tests.surgery.test_roundtrip import digests, inputs
 
@@ -148,22 +148,3 @@ def test_adapters_elsewhere_train_beside_experts(tmp_path: Path) -> None:
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert all("lora" in n or "modules_to_save" in n for n in grads)
     assert any(g is not None and g.abs().sum() > 0 for g in grads.values())
-
-
-def test_the_expert_parallel_plan_names_banks_and_their_tensors() -> None:
-    plan = expert_parallel_plan(upcycled("llama", layers="last:1"))
-    bank = "model.layers.1.mlp.experts"
-    assert plan == {
-        bank: "ep_dispatch_experts",
-        f"{bank}.gate_up_proj": "grouped_gemm",
-        f"{bank}.down_proj": "grouped_gemm",
-    }
-
-
-def test_expert_parallelism_of_borrowed_experts_is_refused() -> None:
-    model = tiny.build("bert")
-    with pytest.raises(ModelError, match="has no experts of their own"):
-        expert_parallel_plan(model)
-    moduli.convert(model, moduli.EMoE(num_experts=4, top_k=2))
-    with pytest.raises(ModelError, match="sharded like the dense model"):
-        expert_parallel_plan(model)

@@ -27,6 +27,7 @@ from moduli.surgery.owned import (
     is_faithful,
     merged_experts,
     projection_state,
+    require_no_adapter,
 )
 from moduli.surgery.processes import gathered, reshard
 from moduli.surgery.projection import base_of, bias_of, placed_like, whole
@@ -61,6 +62,8 @@ def merge(model: nn.Module, *, exact: bool = False) -> MergeReport:
         layer = _layer_named(layers, entry.name)
         if isinstance(layer, RoutedActivation):
             _require_movable(layer, entry)
+        if isinstance(layer, OwnedExperts):
+            require_no_adapter(layer)
         if exact:
             _require_exact(layer)
     averaged = []

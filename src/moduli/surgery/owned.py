@@ -13,7 +13,7 @@ Letters: T tokens, D width, F neurons, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
+from moduli.experts.average import average_experts
 from moduli.experts.bank import ExpertBank
 from moduli.experts.ffn import ExpertFFN, gather_experts
 from moduli.routing import Router
@@ -178,6 +179,19 @@ def require_copyable(ffn: FFN) -> None:
         )
 
 
+def require_no_adapter(layer: OwnedExperts) -> None:
+    """Raise if PEFT has wrapped the bank of a layer (its `target_parameters`).
+
+    Raises:
+        ModelError: it has.
+    """
+    if base_of(layer.experts) is not layer.experts:
+        raise ModelError(
+            f"the experts of {layer.ffn.name} carry an adapter, which has no place in a dense FFN; "
+            "merge it into them first (merge_and_unload)"
+        )
+
+
 def disown(model: nn.Module, layer: OwnedExperts) -> bool:
     """Put the dense FFN back, every neuron the mean of its copies.
 
@@ -233,55 +247,18 @@ def projection_state(layer: OwnedExperts, dense: ExpertFFN) -> dict[str, Tensor]
 
 
 def merged_experts(layer: OwnedExperts) -> tuple[ExpertFFN, bool]:
-    """One dense FFN from all experts, as the only entry of an `ExpertFFN`, and whether any
-    neuron had to be averaged over copies that differ.
-
-    A neuron that no expert has is zero in it.
-    """
-    banks = [layer.experts.experts()]
-    where = list(layer.members)
+    """The dense FFN that the experts make as the only expert of the result, and whether any
+    neuron had to be averaged; see `average_experts`."""
+    banks, members = [layer.experts.experts()], list(layer.members)
     if layer.residual is not None and layer.residual_members is not None:
         banks.append(layer.residual.experts())
-        where.append(layer.residual_members)
-    index = torch.cat(where).to(layer.experts.down_proj.device)
-    averaged = False
-
-    def collect(parts: list[Sequence[Tensor] | None]) -> list[Tensor] | None:
-        nonlocal averaged
-        if any(part is None for part in parts):
-            return None
-        copies = torch.cat([t for part in parts if part is not None for t in part])
-        merged, differ = _mean_by(copies, index, layer.width)
-        averaged = averaged or differ
-        return [merged]
-
-    keys, values = collect([b.keys for b in banks]), collect([b.values for b in banks])
-    assert keys is not None
-    assert values is not None
-    key_bias = collect([b.key_bias for b in banks])
-    up_keys, up_bias = collect([b.up_keys for b in banks]), collect([b.up_bias for b in banks])
-    out_bias = None
+        members.append(layer.residual_members)
+    merged, averaged = average_experts(banks, members, layer.width)
     if layer.out_bias is not None:
-        out_bias = layer.out_bias[None]
-    elif (
-        banks[0].out_bias is not None
-        and bias_of(layer._dense[0][layer.ffn.family.last]) is not None
-    ):
-        each = banks[0].out_bias
-        same = bool((each == each[0]).all())
-        out_bias = (each[0] if same else each.mean(dim=0))[None] * layer.bias_scale
-        averaged = averaged or not same
-    return ExpertFFN(keys, values, key_bias, up_keys, up_bias, out_bias), averaged
-
-
-def _mean_by(copies: Tensor, index: Tensor, width: int) -> tuple[Tensor, bool]:
-    """Mean of the rows that stand for the same neuron, and whether any two of them differ."""
-    first = copies.new_zeros(width, *copies.shape[1:]).index_copy(0, index.flip(0), copies.flip(0))
-    if bool((first.index_select(0, index) == copies).all()):
-        return first, False
-    counts = torch.bincount(index, minlength=width).clamp_min(1).to(copies.dtype)
-    total = torch.zeros_like(first).index_add(0, index, copies)
-    return total / counts.reshape(-1, *[1] * (copies.dim() - 1)), True
+        return replace(merged, out_bias=layer.out_bias[None]), averaged
+    if merged.out_bias is None or bias_of(layer._dense[0][layer.ffn.family.last]) is None:
+        return replace(merged, out_bias=None), averaged
+    return replace(merged, out_bias=merged.out_bias * layer.bias_scale), averaged
 
 
 def is_faithful(layer: OwnedExperts) -> bool:
@@ -296,33 +273,6 @@ def is_faithful(layer: OwnedExperts) -> bool:
     whole = all(len(m) == layer.width for m in layer.members)
     whole = whole and layer.router.rule.combine != "one"  # a sum of k copies is no dense FFN
     return not averaged and (whole or bool((counts == 1).all()))
-
-
-def expert_parallel_plan(model: nn.Module) -> dict[str, str]:
-    """The plan by which transformers spreads the experts of a model over ranks.
-
-    Give it to `transformers.distributed.expert_parallel.apply_expert_parallelism`, or to
-    `DistributedConfig(ep_plan=...)`.
-
-    Raises:
-        ModelError: an expert is a group of neurons of a dense FFN; those are sharded like the
-            dense model (tensor parallelism, FSDP).
-    """
-    plan: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, RoutedLayer) and not isinstance(module, OwnedExperts):
-            raise ModelError(
-                f"{name}: its experts are neurons of a dense FFN, which is sharded like the dense "
-                "model (FSDP, tensor parallelism); expert parallelism needs experts with "
-                "parameters of their own, such as those of sparse upcycling or GMoE"
-            )
-        if isinstance(module, ExpertBank) and name.endswith(".experts"):
-            # In this order: the dispatch looks at how many experts were left on the rank.
-            plan |= {f"{name}.{key}": "grouped_gemm" for key, _ in module.named_parameters()}
-            plan[name] = "ep_dispatch_experts"
-    if not plan:
-        raise ModelError(f"this {type(model).__name__} has no experts of their own")
-    return plan
 
 
 def _gather(

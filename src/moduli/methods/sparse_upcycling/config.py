@@ -12,9 +12,9 @@ Source: Sparse Upcycling (ICLR 2023).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from moduli.experts.bank import ExpertBank
 from moduli.methods.base import OwnedMethod, Progress
 from moduli.routing import ExpertChoiceRouter, LinearRouter, Router, Rule
 from moduli.surgery.conversion import OwnedRecipe, own_model
+from moduli.surgery.inputs import Batches
 from moduli.surgery.locate import FFN, stacks
 from moduli.surgery.owned import Own
 from moduli.surgery.report import ConversionReport
@@ -97,7 +98,7 @@ class SparseUpcycling(OwnedMethod):
         self,
         model: nn.Module,
         *,
-        batch: Mapping[str, Any] | None = None,
+        batch: Batches | None = None,
         progress: Progress | None = None,
     ) -> ConversionReport:
         """Replace the chosen FFNs by experts; see `moduli.convert`."""

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 
 import moduli
-from moduli.surgery.owned import expert_parallel_plan
+from moduli.parallel import expert_parallel_plan
 from tests import families, tiny
 from tests.surgery.test_owned import scatter
 

@@ -9,7 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.surgery.expert_parallel_worker import FAMILIES, WAYS, build, step
+import moduli
+from moduli.errors import ModelError
+from moduli.parallel import expert_parallel_plan
+from tests import tiny
+from tests.parallel.expert_parallel_worker import FAMILIES, WAYS, build, step
 
 ROOT = Path(__file__).parents[2]
 RANKS = 2
@@ -40,3 +44,24 @@ def test_ranks_compute_what_one_process_does(family: str, way: str, folder: Path
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_expert_parallel_plan_names_banks_and_their_tensors() -> None:
+    model = tiny.build("llama")
+    moduli.convert(model, moduli.SparseUpcycling(num_experts=3, layers="last:1"))
+    plan = expert_parallel_plan(model)
+    bank = "model.layers.1.mlp.experts"
+    assert plan == {
+        bank: "ep_dispatch_experts",
+        f"{bank}.gate_up_proj": "grouped_gemm",
+        f"{bank}.down_proj": "grouped_gemm",
+    }
+
+
+def test_expert_parallelism_of_borrowed_experts_is_refused() -> None:
+    model = tiny.build("bert")
+    with pytest.raises(ModelError, match="has no experts of their own"):
+        expert_parallel_plan(model)
+    moduli.convert(model, moduli.EMoE(num_experts=4, top_k=2))
+    with pytest.raises(ModelError, match="sharded like the dense model"):
+        expert_parallel_plan(model)
