@@ -249,6 +249,7 @@ def projection_state(layer: OwnedExperts, dense: ExpertFFN) -> dict[str, Tensor]
 def merged_experts(layer: OwnedExperts) -> tuple[ExpertFFN, bool]:
     """The dense FFN that the experts make as the only expert of the result, and whether any
     neuron had to be averaged; see `average_experts`."""
+    require_no_adapter(layer)
     banks, members = [layer.experts.experts()], list(layer.members)
     if layer.residual is not None and layer.residual_members is not None:
         banks.append(layer.residual.experts())

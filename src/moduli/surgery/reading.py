@@ -134,11 +134,11 @@ def _load_dense(folder: Path) -> tuple[Any, Collection[str]]:
         raise CheckpointError(f"{folder} does not load: {error}") from error
     layout = layout_of(model)
     owned = [x.name for x in layout.layers if isinstance(x, OwnedLayout)] if layout else []
-    lost = [
+    lost = sorted(
         key
         for key in found["missing_keys"]
         if modular and not any(key.startswith(f"{name}.") for name in owned)
-    ]
+    )
     if lost:
         raise CheckpointError(
             f"{folder} has no {lost[0]}{f' and {len(lost) - 1} others' if lost[1:] else ''}, which "
