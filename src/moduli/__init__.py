@@ -20,6 +20,7 @@ from moduli.version import __version__
 if TYPE_CHECKING:
     from moduli.methods.api import convert, load
     from moduli.methods.emoe import EMoE
+    from moduli.methods.registry import register
     from moduli.surgery.checkpoint import save
     from moduli.surgery.compose import compose
     from moduli.surgery.convert import set_top_k
@@ -37,6 +38,7 @@ _VERBS = {
     "is_modular": "moduli.surgery.modular",
     "load": "moduli.methods.api",
     "merge": "moduli.surgery.merge",
+    "register": "moduli.methods.registry",
     "save": "moduli.surgery.checkpoint",
     "set_top_k": "moduli.surgery.convert",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "is_modular",
     "load",
     "merge",
+    "register",
     "save",
     "set_top_k",
 ]

@@ -12,9 +12,11 @@ from moduli.methods.base import Method, Progress
 from moduli.methods.registry import get_method
 from moduli.surgery.convert import base_model, set_top_k
 from moduli.surgery.inputs import Batches
+from moduli.surgery.modular import is_modular
 from moduli.surgery.reading import load_own, read
 from moduli.surgery.report import ConversionReport
 from moduli.training.auxiliary import wire_auxiliary_loss
+from moduli.training.resume import guard_trainer_resume
 
 
 def convert(
@@ -46,8 +48,15 @@ def convert(
     """
     host = base_model(model)
     report = as_method(method).apply(host, batch=batch, progress=progress)
-    wire_auxiliary_loss(host)
+    _wire(host)
     return report
+
+
+def _wire(model: nn.Module) -> None:
+    """What training has to know of a freshly converted model."""
+    wire_auxiliary_loss(model)
+    if is_modular(model):
+        guard_trainer_resume()
 
 
 def as_method(method: Method | type[Method] | str) -> Method:
@@ -86,7 +95,7 @@ def load(directory: str | Path) -> Any:
     if stored.layout is not None:
         method = get_method(stored.layout.method).from_dict(stored.layout.config)
         method.restore(stored.model, stored.layout, stored.permuted)
-        wire_auxiliary_loss(stored.model)
+        _wire(stored.model)
         load_own(stored.model, stored.own)
         if stored.layout.top_k is not None:
             set_top_k(stored.model, stored.layout.top_k)

@@ -1,8 +1,8 @@
 """Finding methods: every folder of this package, and entry points of other packages.
 
 A built-in method is a folder `methods/NAME/` whose package exports one `Method` class. Another
-package offers one by an entry point in the group "moduli.methods", `name = "package:Class"`.
-Nothing is imported before it is asked for.
+package offers one by an entry point in the group "moduli.methods", `name = "package:Class"`; a
+script registers its own class. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -10,12 +10,31 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
-from moduli.errors import UnknownNameError, nearest
+from moduli.errors import ConfigError, UnknownNameError, nearest
 from moduli.methods.base import Method
 
 GROUP = "moduli.methods"
+M = TypeVar("M", bound=type[Method])
+
+_registered: dict[str, type[Method]] = {}
+
+
+def register(method: M) -> M:
+    """Class decorator: make a method known by its name in this process, so that `moduli.load`
+    can bring its models back.
+
+    Raises:
+        ConfigError: the name belongs to another method.
+    """
+    name = method.__dict__.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f'{method.__name__} has no name of its own; give it one: name = "..."')
+    if name in _folders():
+        raise ConfigError(f"{method.__name__} is named {name!r}, as a method of moduli is already")
+    _registered[name] = method
+    return method
 
 
 def _folders() -> dict[str, str]:
@@ -27,7 +46,7 @@ def _folders() -> dict[str, str]:
 
 def method_names() -> list[str]:
     """Names of all methods that can be used here, sorted."""
-    return sorted({*_folders(), *(point.name for point in entry_points(group=GROUP))})
+    return sorted({*_folders(), *_registered, *(point.name for point in entry_points(group=GROUP))})
 
 
 def get_method(name: str) -> type[Method]:
@@ -39,6 +58,8 @@ def get_method(name: str) -> type[Method]:
     folders = _folders()
     if name in folders:
         return _method_in(import_module(folders[name]))
+    if name in _registered:
+        return _registered[name]
     for point in entry_points(group=GROUP, name=name):
         return _checked(point.load(), point.value)
     raise UnknownNameError(f"there is no method {name!r}. {nearest(name, method_names())}")

@@ -5,7 +5,7 @@ Letters: D width, F neurons, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from jaxtyping import Int
 from torch import Tensor
@@ -15,7 +15,7 @@ from moduli.experts.bank import ExpertBank
 from moduli.experts.ffn import members_of
 from moduli.methods.base import Progress
 from moduli.methods.emoe.config import EMoE
-from moduli.routing import AvgKRouter, CosineRouter, LinearRouter, Router, Rule, gate_from_keys
+from moduli.routing import Router, Rule
 from moduli.surgery.conversion import OwnedRecipe, Recipe
 from moduli.surgery.convert import Split
 from moduli.surgery.locate import FFN
@@ -101,7 +101,7 @@ def split_of(config: EMoE, gated: bool) -> Split:
     assert c.out_bias is not None
 
     def router(ffn: FFN, sizes: Sequence[int]) -> Router:
-        return router_of(c, ffn.hidden, ffn.keys, sizes)
+        return c.make_router(ffn.hidden, ffn.keys, sizes, rule_of(c))
 
     return Split(router, options_of(c), c.out_bias, c.top_k)
 
@@ -112,7 +112,7 @@ def own_of(config: EMoE) -> Own:
     assert c.out_bias is not None
 
     def router(ffn: FFN, bank: ExpertBank) -> Router:
-        return router_of(c, ffn.hidden, bank.keys, bank.sizes)
+        return c.make_router(ffn.hidden, bank.keys, bank.sizes, rule_of(c))
 
     return Own(router, options_of(c), c.out_bias, c.top_k)
 
@@ -130,17 +130,10 @@ def options_of(c: EMoE) -> SeamOptions:
     )
 
 
-def router_of(c: EMoE, hidden: int, keys: Callable[[], Tensor], sizes: Sequence[int]) -> Router:
-    """The router of a layer.
-
-    Args:
-        c: resolved settings.
-        hidden: D.
-        keys: returns the current keys of all experts, one expert after the other.
-        sizes: neurons per expert.
-    """
+def rule_of(c: EMoE) -> Rule:
+    """How scores become a routing, by resolved settings."""
     assert c.combine is not None
-    rule = Rule(
+    return Rule(
         top_k=c.top_k,
         choose=c.choose,
         combine=c.combine,
@@ -149,9 +142,3 @@ def router_of(c: EMoE, hidden: int, keys: Callable[[], Tensor], sizes: Sequence[
         prioritized=c.prioritized,
         route_padding=bool(c.route_padding),
     )
-    if c.gate == "cosine":
-        return CosineRouter(hidden, len(sizes), rule)
-    if c.gate == "linear":
-        means = gate_from_keys(keys().detach(), sizes)
-        return LinearRouter(hidden, len(sizes), rule, init=means)
-    return AvgKRouter(keys, sizes, rule, normalize=c.normalize_gate, momentum=c.gate_momentum)

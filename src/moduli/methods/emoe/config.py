@@ -12,12 +12,15 @@ Source: EMoE (NAACL 2024), qiuzh20/EMoE.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from moduli.errors import ConfigError
 from moduli.methods.base import DataMethod, Progress
+from moduli.routing import AvgKRouter, CosineRouter, LinearRouter, Router, Rule, gate_from_keys
 from moduli.routing.rule import Choose, Combine
 from moduli.surgery.conversion import OwnedRecipe, Recipe
 from moduli.surgery.partition import NamedSplit, Sample
@@ -185,3 +188,22 @@ class EMoE(DataMethod):
         from moduli.methods.emoe.assemble import recipe
 
         return recipe(self, progress, sample)
+
+    def make_router(
+        self, hidden: int, keys: Callable[[], Tensor], sizes: Sequence[int], rule: Rule
+    ) -> Router:
+        """The router of one layer; a subclass with a router of its own overrides this.
+
+        Args:
+            hidden: D.
+            keys: returns the current keys [F, D] of all experts, one expert after the other.
+            sizes: neurons per expert.
+            rule: selection, combine weights, noise and capacity.
+        """
+        if self.gate == "cosine":
+            return CosineRouter(hidden, len(sizes), rule)
+        if self.gate == "linear":
+            means = gate_from_keys(keys().detach(), sizes)
+            return LinearRouter(hidden, len(sizes), rule, init=means)
+        normalize, momentum = self.normalize_gate, self.gate_momentum
+        return AvgKRouter(keys, sizes, rule, normalize=normalize, momentum=momentum)
