@@ -1,4 +1,4 @@
-"""Expert parallelism: transformers spreads owned experts over ranks, by a plan that is made here."""
+"""Expert parallelism: transformers spreads owned experts over ranks by a plan that is made here."""
 
 from __future__ import annotations
 
