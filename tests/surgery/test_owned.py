@@ -110,10 +110,10 @@ def test_dropout_of_the_block_acts_inside_experts() -> None:
     model = families.build("bart")
     for layer in model.model.encoder.layers:
         layer.activation_dropout = 0.5
-    moduli.convert(model, moduli.SparseUpcycling(num_experts=2, layers="*encoder*"))
+    moduli.convert(model, moduli.GMoE(layers="*encoder*", expert_dropout=0.5))
     layer = model.model.encoder.layers[0]
     assert layer.activation_dropout == 0.0
-    assert layer.fc2.experts.dropout == 0.5
+    assert layer.fc2.experts.dropout == 0.75  # one after the other, a quarter is left
     moduli.merge(model)
     assert layer.activation_dropout == 0.5
 

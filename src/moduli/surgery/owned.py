@@ -70,25 +70,29 @@ class OwnedExperts(RoutedLayer):
         residual: Int[Tensor, " _"] | None = None,
     ) -> None:
         bias = bias_of(ffn.last)
-        dropout = own.options.dropout + _inner_dropout(ffn)
+        block_dropout = _inner_dropout(ffn)
+        dropout = 1 - (1 - own.options.dropout) * (1 - block_dropout)
         each = None
         if bias is not None and own.out_bias != "shared":
             scale = own.top_k if own.out_bias == "split" else 1
             each = (bias.detach() / scale).expand(len(members), -1)
         bank = ExpertBank(_gather(ffn, members, each), ffn.activation, dropout)
-        bank.requires_grad_(weight_of(ffn.first).requires_grad)
+        trained = weight_of(ffn.first).requires_grad
+        bank.requires_grad_(trained)
         sizes = tuple(len(m) for m in members)
         super().__init__(ffn, sizes, own.router(ffn, bank), own.options, shared)
         self.experts = bank
         self.residual = None
         if residual is not None:
             self.residual = ExpertBank(_gather(ffn, [residual], None), ffn.activation, dropout)
+            self.residual.requires_grad_(trained)
         once = bias is not None and own.out_bias == "shared"
         self.out_bias = nn.Parameter(bias.detach().clone()) if once and bias is not None else None
         self.bias_scale = own.top_k if own.out_bias == "split" else 1
         self.members = tuple(m.cpu() for m in members)
         self.residual_members = None if residual is None else residual.cpu()
         self.width, self.hidden = ffn.width, ffn.hidden
+        self.block_dropout = block_dropout  # the block's own, which now acts inside experts
         # Not registered: they have no weights until the layer is merged.
         self._dense = ({name: base_of(m) for name, m in ffn.projections.items()}, ffn.activation)
         # Registered, so that they learn whether the model trains.
@@ -213,7 +217,7 @@ def disown(model: nn.Module, layer: OwnedExperts) -> bool:
             ffn.block.set_submodule(name, module)
         ffn.set_activation(activation)
         if hasattr(ffn.block, "activation_dropout"):
-            ffn.block.activation_dropout = layer.experts.dropout  # type: ignore[assignment]
+            ffn.block.activation_dropout = layer.block_dropout  # type: ignore[assignment]
     ffn.block.train(layer.training)
     return averaged
 
