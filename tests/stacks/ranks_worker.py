@@ -116,17 +116,20 @@ def train(model: Any, case: str, optimiser: Any, backward: Any) -> None:
         optimiser.zero_grad()
 
 
-def alone(case: str, path: Path) -> Any:
-    """One process that trains on what both see: the mean of their losses in every step."""
-    model = converted(case)
-    optimiser = torch.optim.SGD(model.parameters(), RATE)
+def alone(case: str, path: Path) -> None:
+    """One process that trains the model of a case on what both see."""
+    train_alone(converted(case), case, path)
+
+
+def train_alone(model: Any, case: str, path: Path) -> None:
+    """Minimise the mean of both processes' losses in every step, and save."""
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
     for step in range(STEPS):
         for rank in range(2):
             (model(**part(case, step, rank)).loss / 2).backward()
         optimiser.step()
         optimiser.zero_grad()
     moduli.save(model, path)
-    return model
 
 
 def refusals(folder: Path) -> dict[str, str]:
@@ -171,6 +174,25 @@ def adapted() -> Any:
     return get_peft_model(converted("bert"), LoraConfig(init_lora_weights=False, **settings))
 
 
+def owned() -> Any:
+    """A model whose experts have parameters of their own."""
+    model = tiny.build("bert")
+    moduli.convert(model, moduli.GMoE(num_experts=3, layers="all", noise=0.0, aux="switch"))
+    return model.train()
+
+
+def with_owned_experts(folder: Path) -> str:
+    """GMoE in shards; returns why it cannot be merged in place."""
+    model, *trained = with_fsdp(owned())
+    train(model, "bert", *trained)
+    moduli.save(model, folder / "owned")
+    try:
+        moduli.merge(model)
+    except ModelError as error:
+        return str(error)
+    raise AssertionError("merged")
+
+
 def with_trainer(folder: Path) -> None:
     """The stock Trainer, which wraps the model itself.
 
@@ -201,7 +223,7 @@ def main(folder: Path) -> None:
     merged_in_shards(folder)
     with_adapters(folder)
     with_trainer(folder)
-    said = json.dumps(refusals(folder))
+    said = json.dumps({"merge": with_owned_experts(folder), **refusals(folder)})
     (folder / f"refusals.{dist.get_rank()}.json").write_text(said)
     dist.destroy_process_group()
 

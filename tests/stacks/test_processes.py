@@ -112,10 +112,16 @@ def test_adapters_of_a_sharded_model(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, "bert"), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_of_their_own_in_shards(folder: Path, tmp_path: Path) -> None:
+    worker.train_alone(worker.owned(), "bert", tmp_path / "alone")
+    assert_same(tensors(folder / "owned"), tensors(tmp_path / "alone"))
+
+
 def test_what_cannot_be_done_is_said_in_every_process(folder: Path) -> None:
     first, second = (json.loads((folder / f"refusals.{r}.json").read_text()) for r in (0, 1))
     for said in (first, second):
         assert "before wrapping" in said["convert ddp"]
+        assert "sharded over processes" in said["merge"]
         assert "before sharding" in said["convert fsdp2"]
         assert "was not written by moduli" in said["save"]
     assert second["save"].startswith("process 0 could not write")

@@ -29,8 +29,8 @@ from moduli.surgery.owned import (
     projection_state,
     require_no_adapter,
 )
-from moduli.surgery.processes import gathered, reshard
-from moduli.surgery.projection import base_of, bias_of, placed_like, whole
+from moduli.surgery.processes import gathered, reshard, whole_parameters
+from moduli.surgery.projection import base_of, bias_of, is_sharded, placed_like, whole
 from moduli.surgery.report import MergeReport
 from moduli.surgery.routed import RoutedLayer
 from moduli.surgery.seam import RoutedActivation
@@ -64,6 +64,7 @@ def merge(model: nn.Module, *, exact: bool = False) -> MergeReport:
             _require_movable(layer, entry)
         if isinstance(layer, OwnedExperts):
             require_no_adapter(layer)
+            _require_whole(layer)
         if exact:
             _require_exact(layer)
     averaged = []
@@ -96,6 +97,15 @@ def _require_movable(layer: RoutedActivation, entry: LayerLayout | OwnedLayout) 
         neuron_tensors(layer.ffn)
 
 
+def _require_whole(layer: OwnedExperts) -> None:
+    if any(map(is_sharded, layer.parameters())):
+        raise ModelError(
+            f"{layer.ffn.name} cannot be merged in place: its experts are sharded over processes, "
+            "and the dense FFN has no place among the shards. moduli.save(model, directory), "
+            "called by every process, writes the merged model"
+        )
+
+
 def _require_exact(layer: RoutedLayer) -> None:
     if isinstance(layer, OwnedExperts) and not is_faithful(layer):
         raise ModelError(
@@ -113,7 +123,8 @@ def _require_exact(layer: RoutedLayer) -> None:
 def is_averaged(layer: RoutedLayer) -> bool:
     """Whether merging has to average anything in this layer."""
     if isinstance(layer, OwnedExperts):
-        return merged_experts(layer)[1]
+        with whole_parameters(layer):
+            return merged_experts(layer)[1]
     return isinstance(layer, RoutedActivation) and dense_bias(layer)[1]
 
 
@@ -147,8 +158,9 @@ def dense_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         layer = _layer_named(layers, entry.name)
         if isinstance(layer, OwnedExperts):
             block = names[id(layer)].removesuffix(layer.path) + entry.name
-            for name, tensor in projection_state(layer, merged_experts(layer)[0]).items():
-                state[f"{block}.{name}"] = tensor
+            with whole_parameters(layer):
+                merged = projection_state(layer, merged_experts(layer)[0])
+            state |= {f"{block}.{name}": tensor for name, tensor in merged.items()}
         elif isinstance(layer, RoutedActivation):
             prefix = names[id(layer.ffn.block)]
             if isinstance(entry, LayerLayout) and entry.moved:

@@ -6,7 +6,8 @@ holds a part of every tensor, and reading one whole is something that all proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,24 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tens
                 full[id(tensor)] = one.new_empty(0)
         found[name] = full[id(tensor)]
     return found if keep else {}
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of the module is sharded; every process enters it."""
+    held = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and is_sharded(parameter)
+    ]
+    for owner, name, parameter in held:
+        owner._parameters[name] = nn.Parameter(whole(parameter.detach()), requires_grad=False)
+    try:
+        yield
+    finally:
+        for owner, name, parameter in held:
+            owner._parameters[name] = parameter
 
 
 def is_writer(together: bool) -> bool:
