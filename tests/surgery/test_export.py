@@ -47,7 +47,8 @@ def upcycled(family: str, **changes: Any) -> Any:
 @pytest.mark.parametrize("family", CLASSES)
 def test_the_stock_class_computes_the_same(family: str, tmp_path: Path) -> None:
     model, batch = upcycled(family), families.inputs(family)
-    moduli.export(model, tmp_path / "out")
+    for _ in range(2):  # what moduli wrote may be written again
+        moduli.export(model, tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(stock).__name__ == CLASSES[family]
     torch.testing.assert_close(stock(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)

@@ -152,7 +152,7 @@ def own_ffns(model: nn.Module, ffns: Sequence[FFN], layout: Layout, own: Own) ->
 
 def install(ffn: FFN, sizes: tuple[int, ...], split: Split, shared: Pass) -> RoutedActivation:
     """Put the seam into one FFN whose neurons are in expert order."""
-    router = split.router(ffn, sizes).to(device=next(ffn.block.parameters()).device)
+    router = split.router(ffn, sizes).to(device=ffn.device)
     out_bias = None
     if split.out_bias == "split":
         own = bias_of(base_of(ffn.last))

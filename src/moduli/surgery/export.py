@@ -7,6 +7,7 @@ what else reads such checkpoints. Letters: D width, F neurons, E experts, L laye
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from moduli.errors import ModelError
 from moduli.routing import LinearRouter
+from moduli.surgery.checkpoint import versions
 from moduli.surgery.compose.write import Slot, write_shards
 from moduli.surgery.convert import base_model, recorded_layout
-from moduli.surgery.files import new_directory
+from moduli.surgery.files import EXPORTED, new_directory
 from moduli.surgery.modular import require_modular
 from moduli.surgery.owned import OwnedExperts
 from moduli.surgery.stock import StockMoE, StockRule, stock_for
@@ -61,6 +63,7 @@ def export(
     assert rule is not None
     config = stock.config(host.config, first.num_experts, first.router.rule.top_k, rule=rule)
     config.dtype = next(host.parameters()).dtype
+    layout = recorded_layout(host)[1]
     tensors = _tensors(host, owned, stock, config)
     slots = []
     for name, make in tensors.items():
@@ -73,6 +76,8 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_shards(folder, slots, lambda slot: tensors[slot.name](), SHARD_BYTES)
+        record = {"method": layout.method, "config": dict(layout.config), "versions": versions()}
+        (folder / EXPORTED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Path(directory)
 
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from moduli.errors import CheckpointError
 
 MARKER = "moduli.json"
+COMPOSED = "moduli_compose.json"  # beside a checkpoint of a stock class that was composed
+EXPORTED = "moduli_export.json"  # or exported
 OWN = "moduli.safetensors"
 
 
@@ -59,7 +61,8 @@ def check_target(target: Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(f"{target} exists and is not a directory")
-    if any(target.iterdir()) and not (target / MARKER).exists():
+    ours = any((target / name).exists() for name in (MARKER, COMPOSED, EXPORTED))
+    if any(target.iterdir()) and not ours:
         raise CheckpointError(
             f"{target} exists and was not written by moduli (it has no {MARKER}); "
             "choose another directory or remove it"

@@ -6,9 +6,11 @@ Letters: D width, F neurons.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -94,6 +96,13 @@ class FFN:
     @property
     def gated(self) -> bool:
         return self.family.up is not None or self.family.fused
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes; the CPU if a quantiser keeps its weights to itself."""
+        tensors = itertools.chain(self.block.parameters(), self.block.buffers())
+        first = next(tensors, None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def movable(self) -> bool:

@@ -81,7 +81,7 @@ def _guesses(
 
 def _probe(block: nn.Module, family: Family) -> Tensor:
     """Random inputs [1, PROBES, D] of the block."""
-    weight = next(iter(block.parameters()))
+    weight = next(block.parameters(), torch.zeros(1))  # a quantiser may keep its weights to itself
     generator = torch.Generator().manual_seed(0)
     width = shape_of(block.get_submodule(family.first))[1]
     x = torch.randn(1, PROBES, width, generator=generator)

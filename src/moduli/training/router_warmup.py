@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import CheckpointError, ConfigError, DataError, ModelError
-from moduli.surgery.compose.card import RECORD
 from moduli.surgery.compose.write import replace_tensors
+from moduli.surgery.files import COMPOSED
 from moduli.surgery.stock import STOCK
 
 
@@ -151,7 +151,7 @@ def warm_up_checkpoint(
     result = warm_up_routers(model, tokenizer, texts, **settings)
     routers = find_routers(model)
     replace_tensors(folder, {n: cast("Tensor", r.weight) for n, r in routers.items()})
-    record = folder / RECORD
+    record = folder / COMPOSED
     if record.is_file():
         data = json.loads(record.read_text(encoding="utf-8"))
         data["warm_up"] = {"steps": result.steps, "losses": result.losses}

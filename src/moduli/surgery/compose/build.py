@@ -21,13 +21,13 @@ from torch import Tensor
 
 from moduli.errors import UnknownNameError, nearest
 from moduli.surgery.checkpoint import versions
-from moduli.surgery.compose.card import RECORD, model_card
+from moduli.surgery.compose.card import model_card
 from moduli.surgery.compose.gates import Gates, make_gates
 from moduli.surgery.compose.plan import Part, Plan
 from moduli.surgery.compose.planning import plan
 from moduli.surgery.compose.recipe import Recipe, Source
 from moduli.surgery.compose.write import Slot, size_in_bytes, write_shards
-from moduli.surgery.files import check_target, new_directory
+from moduli.surgery.files import COMPOSED, check_target, new_directory
 
 _ORDINARY = (
     "tokenizer*",
@@ -145,7 +145,7 @@ def compose_recipe(
         report = ComposeReport(target, layout, gates.conditions, maker.dropped(), gates.warnings())
         record = report.to_dict() | {"format": 1, "versions": versions(), "recipe": _named(layout)}
         del record["directory"]
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / COMPOSED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     return report
 

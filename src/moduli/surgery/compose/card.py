@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from moduli.surgery.files import COMPOSED
+
 if TYPE_CHECKING:
     from moduli.surgery.compose.build import ComposeReport
-
-RECORD = "moduli_compose.json"
 
 
 def model_card(report: ComposeReport) -> str:
@@ -47,5 +47,5 @@ A {layout.stock.architecture} composed of fine-tunes of {layout.base.name}:
 {table}
 {shared}
 Attention, norms and embeddings: {others}. Gates: `{recipe.gate}`. The whole recipe is in
-`{RECORD}`.
+`{COMPOSED}`.
 """
