@@ -198,7 +198,7 @@ def _work(
     train = task.domains[spec.train_domain].train
     assert train is not None  # `choose_domain` saw to it
     batch = probe(model, processor, train, kind, length)
-    conversion = spec.method.build().apply(model, batch=batch)
+    conversion = moduli.convert(model, spec.method.build(), batch=batch)
     tell(RunEvent(spec, "converted", conversion))
     converted = clock()
     result = finetune(
