@@ -177,9 +177,11 @@ def require_copyable(ffn: FFN) -> None:
                 "merge the adapter into them first (merge_and_unload)"
             )
     if not ffn.movable:
+        kinds = sorted({type(base_of(m)).__name__ for m in ffn.projections.values()})
         raise ModelError(
-            f"{ffn.name}: its weights are not plain tensors (quantised?), so they cannot be copied "
-            "into experts; load the model without quantisation"
+            f"{ffn.name}: its projections ({', '.join(kinds)}) are not plain Linear or Conv1D "
+            "layers, so they cannot be copied into experts; if they are quantised, load the model "
+            "without"
         )
 
 
