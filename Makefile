@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all parity lint types docs format clean
+.PHONY: help demo test test-all parity support lint types docs format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ test-all: $(VENV)/.dev $(VENV)/.quant ## every test; those that need a GPU are s
 
 parity: $(VENV)/.dev ## the stored reference cases alone, one line per case
 	$(BIN)/python -m tests.parity tests/parity/data
+
+support: $(VENV)/.dev ## check every family with every method; rewrites the table in docs/guide/support.md
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support
 
 lint: $(VENV)/.dev ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""What works for which family and method: `checks` finds out, `table` writes it down."""
