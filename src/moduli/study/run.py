@@ -20,10 +20,9 @@ from moduli.data.task import Task
 from moduli.errors import CheckpointError, ConfigError
 from moduli.study.environment import hardware, versions
 from moduli.study.records import FAILED, RECORD, Failure, RunRecord, read_record, write_json
+from moduli.study.sample import rows_to_show, sample_batches
 from moduli.study.spec import RunSpec, plain
-from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
-
-PROBE_TEXTS = 64
+from moduli.training.kinds.base import Examples, Output, get_kind
 
 Stage = Literal["known", "started", "converted", "step", "evaluating", "finished", "failed"]
 
@@ -165,20 +164,6 @@ def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
     return model, processor
 
 
-def probe(model: Any, processor: Any, rows: Any, kind: TaskKind, length: int) -> dict[str, Any]:
-    """The first training rows as one batch: what a conversion's output error is measured on."""
-    from moduli.training.finetune import TOKENS
-
-    chosen = [rows[i] for i in range(min(PROBE_TEXTS, len(rows)))]
-    examples = kind.prepare(processor, chosen, length)
-    longest = max([1, *examples.lengths])
-    size = max(1, min(PROBE_TEXTS, TOKENS // longest))
-    items = [examples.items[i] for i in range(min(size, len(examples.items)))]
-    batch = kind.collator(model, processor, length)(items)
-    batch.pop("labels", None)
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
-
-
 def _work(
     spec: RunSpec,
     task: Task,
@@ -197,8 +182,10 @@ def _work(
     model, processor = load_model(spec, task)
     train = task.domains[spec.train_domain].train
     assert train is not None  # `choose_domain` saw to it
-    batch = probe(model, processor, train, kind, length)
-    conversion = moduli.convert(model, spec.method.build(), batch=batch)
+    method = spec.method.build()
+    count = rows_to_show(method)
+    batches = sample_batches(method, model, processor, kind, train, count=count, max_length=length)
+    conversion = moduli.convert(model, method, batch=batches)
     tell(RunEvent(spec, "converted", conversion))
     converted = clock()
     result = finetune(

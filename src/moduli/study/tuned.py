@@ -57,10 +57,21 @@ def load_tuned(name: str, kind: TaskKind, *, dense: bool = False) -> tuple[Any, 
     else:
         model, _ = load_any(name)
     require_kind(model, kind, name)
-    processor = _processor(path, kind)
+    return model, load_processor(name, kind)
+
+
+def load_processor(name: str, kind: TaskKind) -> Any:
+    """The tokenizer or other processor by which rows of a kind become inputs of a model.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from moduli.data import resolve_model
+
+    processor = _processor(resolve_model(name), kind)
     if processor is None:
         raise CheckpointError(f"{name} has no tokenizer or processor; save one beside the model.")
-    return model, processor
+    return processor
 
 
 def model_kind(name: str) -> TaskKind | None:
@@ -118,9 +129,7 @@ def evaluate_task(
         if on_domain is not None:
             on_domain(name)
         if index is not None:
-            rows = [
-                {**row, kind.columns[-1]: _renumbered(row[kind.columns[-1]], index)} for row in rows
-            ]
+            rows = renumbered(rows, kind, index)
         examples, outputs = outputs_of(kind, model, processor, rows, max_length=max_length)
         found[name] = kind.score(outputs, examples, rows)
     if not found:
@@ -151,9 +160,14 @@ def class_indices(model: Any, task: Task) -> list[int]:
     return [names.index(name) for name in task.label_names]
 
 
-def _renumbered(value: Any, index: list[int]) -> Any:
-    """A label, or a list of them, as the model numbers them."""
-    return [index[one] for one in value] if isinstance(value, list) else index[value]
+def renumbered(rows: Any, kind: TaskKind, index: list[int]) -> list[dict[str, Any]]:
+    """The rows with their labels, one or a list of them, as the model numbers them."""
+    column = kind.columns[-1]
+
+    def of_model(value: Any) -> Any:
+        return [index[one] for one in value] if isinstance(value, list) else index[value]
+
+    return [{**row, column: of_model(row[column])} for row in rows]
 
 
 def _processor(path: str, kind: TaskKind | None) -> Any:

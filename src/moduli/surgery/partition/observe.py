@@ -43,7 +43,8 @@ def require_data(sample: Sample | None, setting: str) -> Sample:
     if sample is None or not sample.batches:
         raise ConfigError(
             f"{setting} looks at data: give it inputs by moduli.convert(model, method, "
-            "batch=batch), keyword arguments of the model's forward, or a list of such batches"
+            "batch=batch), keyword arguments of the model's forward, or a list of such batches; "
+            "on the command line, by --data TASK"
         )
     return sample
 
