@@ -1,5 +1,6 @@
 """One rank of a run in which transformers spreads the experts of an upcycled model over all."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def main(folder: Path) -> None:
                 {n: t.contiguous() for n, t in found.items()},
                 folder / f"{way}.{family}.{rank}.safetensors",
             )
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    gc.collect()  # whatever holds on to the process group goes before it
+    dist.destroy_process_group()

@@ -4,6 +4,7 @@ Usage: ranks_worker.py FOLDER. Trains every case in every way that data-parallel
 saves it with all processes calling `moduli.save`, and writes the final weights of each.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -225,8 +226,9 @@ def main(folder: Path) -> None:
     with_trainer(folder)
     said = json.dumps({"merge": with_owned_experts(folder), **refusals(folder)})
     (folder / f"refusals.{dist.get_rank()}.json").write_text(said)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    gc.collect()  # whatever holds on to the process group goes before it
+    dist.destroy_process_group()

@@ -3,6 +3,7 @@
 Usage: ddp_worker.py FOLDER. Writes the gradients of one step of every case, one file per rank.
 """
 
+import gc
 import itertools
 import sys
 from pathlib import Path
@@ -99,9 +100,11 @@ def main(folder: Path) -> None:
             {n: g.contiguous() for n, g in seen.steps[0].items()},
             folder / f"{case}.{aux}.{trainer.args.process_index}.safetensors",
         )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # What hangs on the process group goes before it: freed after it, it may wait for ever.
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
