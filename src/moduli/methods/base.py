@@ -84,6 +84,26 @@ class Method:
         return cls(**data)
 
 
+def settle(config: Any) -> None:
+    """What `__post_init__` of every method that routes does first: freeze `layers`, check `top_k`.
+
+    Args:
+        config: a method with the settings `layers`, `num_experts` and `top_k`.
+
+    Raises:
+        ConfigError: no expert, or more experts per token than there are.
+    """
+    if not isinstance(config.layers, str):
+        object.__setattr__(config, "layers", tuple(config.layers))
+    if config.num_experts < 1:
+        raise ConfigError(f"num_experts is {config.num_experts}; at least 1 is needed")
+    if not 1 <= config.top_k <= config.num_experts:
+        raise ConfigError(
+            f"top_k is {config.top_k}, but there are {config.num_experts} experts; "
+            f"choose 1 to {config.num_experts}"
+        )
+
+
 class SplitMethod(Method):
     """A method that groups the neurons of FFNs into experts; it says how by a `Recipe`."""
 
@@ -163,4 +183,4 @@ class DataMethod(Method):
             restore_split(model, layout, recipe.split, permuted=permuted)
 
 
-__all__ = ["DataMethod", "Method", "OwnedMethod", "Progress", "SplitMethod"]
+__all__ = ["DataMethod", "Method", "OwnedMethod", "Progress", "SplitMethod", "settle"]

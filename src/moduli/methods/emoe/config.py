@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from moduli.errors import ConfigError
-from moduli.methods.base import DataMethod, Progress
+from moduli.methods.base import DataMethod, Progress, settle
 from moduli.routing import AvgKRouter, CosineRouter, LinearRouter, Router, Rule, gate_from_keys
 from moduli.routing.rule import Choose, Combine
 from moduli.surgery.conversion import OwnedRecipe, Recipe
@@ -124,17 +124,9 @@ class EMoE(DataMethod):
     cluster_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        settle(self)
         if self.preset not in DEFAULTS:
             raise ConfigError(f"preset is {self.preset!r}; it may be 'paper' or None")
-        if self.num_experts < 1:
-            raise ConfigError(f"num_experts is {self.num_experts}; at least 1 is needed")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"top_k is {self.top_k}, but there are {self.num_experts} experts; "
-                f"choose 1 to {self.num_experts}"
-            )
         if not 1 <= self.expert_repeat <= self.num_experts:
             raise ConfigError(
                 f"expert_repeat is {self.expert_repeat}, but there are {self.num_experts} "

@@ -21,7 +21,7 @@ import torch
 
 from moduli.errors import ConfigError
 from moduli.experts.bank import ExpertBank
-from moduli.methods.base import OwnedMethod
+from moduli.methods.base import OwnedMethod, settle
 from moduli.routing import CosineRouter, Router, Rule
 from moduli.surgery.conversion import OwnedRecipe
 from moduli.surgery.locate import FFN
@@ -66,16 +66,10 @@ class GMoE(OwnedMethod):
     expert_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        settle(self)
         if self.preset not in (None, "paper", "paper-language"):
             raise ConfigError(
                 f"preset is {self.preset!r}; it may be 'paper', 'paper-language' or None"
-            )
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"top_k is {self.top_k}, but there are {self.num_experts} experts; "
-                f"choose 1 to {self.num_experts}"
             )
         if (self.aux or "load_importance").startswith("load_importance") and not self.noise:
             raise ConfigError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from moduli.errors import ConfigError
-from moduli.methods.base import DataMethod, Progress
+from moduli.methods.base import DataMethod, Progress, settle
 from moduli.routing.llama_moe import Network
 from moduli.surgery.conversion import OwnedRecipe, Recipe
 from moduli.surgery.partition import Sample
@@ -80,8 +80,7 @@ class LlamaMoE(DataMethod):
     cluster_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        settle(self)
         choices: dict[str, Any] = {
             "split": Division,
             "sharing": Sharing,
@@ -94,11 +93,6 @@ class LlamaMoE(DataMethod):
                     f"{setting} is {getattr(self, setting)!r}; it may be "
                     f"{', '.join(map(repr, get_args(known)))}"
                 )
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"top_k is {self.top_k}, but there are {self.num_experts} experts; "
-                f"choose 1 to {self.num_experts}"
-            )
         if self.sharing != "none" and self.split != "importance":
             raise ConfigError(
                 f"sharing={self.sharing!r} is decided by importance; use split='importance'"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from moduli.errors import ConfigError
-from moduli.methods.base import DataMethod, Progress
+from moduli.methods.base import DataMethod, Progress, settle
 from moduli.surgery.conversion import Recipe
 from moduli.surgery.partition import NamedSplit, Sample
 
@@ -63,19 +63,13 @@ class MoEfication(DataMethod):
     cluster_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        settle(self)
         for setting, known in (("split", NamedSplit), ("select", SelectBy)):
             if getattr(self, setting) not in get_args(known):
                 raise ConfigError(
                     f"{setting} is {getattr(self, setting)!r}; it may be "
                     f"{', '.join(map(repr, get_args(known)))}"
                 )
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"top_k is {self.top_k}, but there are {self.num_experts} experts; "
-                f"choose 1 to {self.num_experts}"
-            )
         if self.router_epochs < 0 or (self.router_batch_size or 1) < 1 or self.router_lr <= 0:
             raise ConfigError(
                 f"router_epochs {self.router_epochs} may not be negative, router_batch_size "

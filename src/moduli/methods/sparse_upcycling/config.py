@@ -21,7 +21,7 @@ from torch import nn
 
 from moduli.errors import ConfigError
 from moduli.experts.bank import ExpertBank
-from moduli.methods.base import OwnedMethod, Progress
+from moduli.methods.base import OwnedMethod, Progress, settle
 from moduli.routing import ExpertChoiceRouter, LinearRouter, Router, Rule
 from moduli.surgery.conversion import OwnedRecipe, own_model
 from moduli.surgery.inputs import Batches
@@ -67,13 +67,7 @@ class SparseUpcycling(OwnedMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"top_k is {self.top_k}, but there are {self.num_experts} experts; "
-                f"choose 1 to {self.num_experts}"
-            )
+        settle(self)
         if self.routing not in ("token_choice", "expert_choice"):
             raise ConfigError(
                 f"routing is {self.routing!r}; it may be 'token_choice' or 'expert_choice'"
