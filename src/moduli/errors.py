@@ -57,6 +57,10 @@ class TrainingError(ModuliError, ArithmeticError):
     exit_code = 7
 
 
+class UnsupportedError(ModuliError, NotImplementedError):
+    """A transformation of PyTorch that a layer has no rule for."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the known names nearest to `name`, for the end of an error message."""
     known = sorted(known)

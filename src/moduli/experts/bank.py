@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moduli.errors import ConfigError
-from moduli.experts.ffn import ExpertFFN
+from moduli.experts.ffn import ExpertFFN, StackedFFN
 from moduli.experts.kernels import run_experts
 from moduli.routing import Routing
 
@@ -99,7 +99,9 @@ class ExpertBank(nn.Module):
         here = top_k_index < self.num_experts
         active = here & (top_k_weights.detach() != 0)
         routing = Routing(top_k_index.where(here, 0), top_k_weights, active)
-        return run_experts(hidden_states, routing, self.experts(padded=True), self._activate)
+        dropping = self.dropout and self.training
+        activation = self._drop_out if dropping else self.act_fn
+        return run_experts(hidden_states, routing, self.stacked(), activation)
 
     def _stock(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -118,40 +120,47 @@ class ExpertBank(nn.Module):
         gate, up = gate_up_out.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
-    def _activate(self, z: Tensor) -> Tensor:
-        return nn.functional.dropout(self.act_fn(z), self.dropout, self.training)
+    def _drop_out(self, z: Tensor) -> Tensor:
+        return nn.functional.dropout(self.act_fn(z), self.dropout)
 
     def keys(self) -> Float[Tensor, "_ D"]:
         """Current keys of all experts, one expert after the other, without padding."""
         return torch.cat(list(self.experts().keys))
 
-    def experts(self, *, padded: bool = False) -> ExpertFFN:
-        """The experts as views of the parameters; gradients arrive in the parameters.
-
-        Args:
-            padded: with the zero neurons that make all experts equally large.
-        """
+    def stacked(self) -> StackedFFN:
+        """The experts as kernels read them, with the zero neurons that make them equally large;
+        gradients arrive in the parameters."""
         name = "gate_up_proj" if self.has_gate else "up_proj"
-        first, down = getattr(self, name), self.down_proj
-        bias = getattr(self, f"{name}_bias", None)
-        width = down.shape[2]
-        sizes = [width] * down.shape[0] if padded else self.sizes
+        return StackedFFN(
+            first=getattr(self, name),
+            second=self.down_proj.mT,
+            sizes=(self.down_proj.shape[2],) * self.down_proj.shape[0],
+            first_bias=getattr(self, f"{name}_bias", None),
+            out_bias=getattr(self, "down_proj_bias", None),
+            fused="concatenated" if self.has_gate else None,
+        )
+
+    def experts(self) -> ExpertFFN:
+        """The experts one by one, without padding, as views of the parameters."""
+        whole = self.stacked()
+        width = self.down_proj.shape[2]
 
         def cut(tensor: Tensor | None, start: int = 0) -> list[Tensor] | None:
             if tensor is None:
                 return None
-            return [rows[start : start + n] for rows, n in zip(tensor.unbind(), sizes, strict=True)]
+            parts = zip(tensor.unbind(), self.sizes, strict=True)
+            return [rows[start : start + n] for rows, n in parts]
 
-        keys, values = cut(first), cut(down.transpose(1, 2))
+        keys, values = cut(whole.first), cut(whole.second)
         assert keys is not None
         assert values is not None
         return ExpertFFN(
             keys=keys,
             values=values,
-            key_bias=cut(bias),
-            up_keys=cut(first, width) if self.has_gate else None,
-            up_bias=cut(bias, width) if self.has_gate else None,
-            out_bias=getattr(self, "down_proj_bias", None),
+            key_bias=cut(whole.first_bias),
+            up_keys=cut(whole.first, width) if self.has_gate else None,
+            up_bias=cut(whole.first_bias, width) if self.has_gate else None,
+            out_bias=whole.out_bias,
         )
 
     def extra_repr(self) -> str:

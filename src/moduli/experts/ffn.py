@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +41,71 @@ class ExpertFFN:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+Fused = Literal["concatenated", "interleaved"]
+
+
+@dataclass(frozen=True)
+class StackedFFN:
+    """All experts of a layer in a few tensors, as kernels read them: views of the parameters.
+
+    Experts of equal size are stacked, others packed one after the other. Strides are free, so
+    that the second matrix of an `nn.Linear`, which holds a value per column, is passed as its
+    transpose. R rows of the first matrix belong to an expert of e neurons: R = e, or 2e where
+    gate and up projection share a tensor.
+
+    Attributes:
+        first: keys, [E, R, D] or packed [sum of R, D].
+        second: values, [E, e, D] or packed [sum of e, D]; one row per neuron.
+        sizes: neurons of every expert.
+        first_bias: [E, R] or packed [sum of R], or None.
+        up: second keys of gated FFNs where they are a tensor of their own, like `first`; or None.
+        up_bias: like `first_bias`, or None.
+        out_bias: one output bias per expert [E, D], weighted like the expert itself, or None.
+        fused: how an expert's rows of `first` hold its gate and up keys: one after the other or
+            in turns; None if they do not.
+    """
+
+    first: Tensor
+    second: Tensor
+    sizes: tuple[int, ...]
+    first_bias: Tensor | None = None
+    up: Tensor | None = None
+    up_bias: Tensor | None = None
+    out_bias: Float[Tensor, "E D"] | None = None
+    fused: Fused | None = None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def gated(self) -> bool:
+        return self.up is not None or self.fused is not None
+
+
+def stack(experts: ExpertFFN) -> StackedFFN:
+    """The lists as tensors: stacked if all are of one size, else packed. Copies."""
+    sizes = tuple(len(keys) for keys in experts.keys)
+    equal = len(set(sizes)) == 1
+
+    def join(parts: Sequence[Tensor] | None) -> Tensor | None:
+        if parts is None:
+            return None
+        return torch.stack(list(parts)) if equal else torch.cat(list(parts))
+
+    first, second = join(experts.keys), join(experts.values)
+    assert first is not None
+    assert second is not None
+    return StackedFFN(
+        first=first,
+        second=second,
+        sizes=sizes,
+        first_bias=join(experts.key_bias),
+        up=join(experts.up_keys),
+        up_bias=join(experts.up_bias),
+        out_bias=experts.out_bias,
+    )
 
 
 def members_of(

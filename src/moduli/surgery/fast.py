@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moduli.experts.ffn import ExpertFFN
+from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels import run_experts
 from moduli.surgery.locate import FFN
 from moduli.surgery.projection import bias_of, is_stock, rows
@@ -69,17 +69,25 @@ class FastFFN:
         return y.reshape(x.shape)
 
 
-def views(ffn: FFN, sizes: Sequence[int]) -> ExpertFFN:
+def views(ffn: FFN, sizes: Sequence[int]) -> StackedFFN:
     """The experts of an FFN as views of its weights; gradients arrive in the weights."""
+    equal = len(set(sizes)) == 1
 
-    def cut(tensor: Tensor | None) -> list[Tensor] | None:
-        return None if tensor is None else list(tensor.split(list(sizes)))
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not equal:
+            return tensor
+        stacked: Tensor = tensor.unflatten(0, (len(sizes), sizes[0]))
+        return stacked
 
-    return ExpertFFN(
-        keys=list(ffn.keys().split(list(sizes))),
-        values=[v.T for v in rows(ffn.last).split(list(sizes), dim=1)],
-        key_bias=cut(ffn.key_bias()),
-        up_keys=cut(ffn.up_keys()),
+    first, second = cut(ffn.keys()), cut(rows(ffn.last).T)
+    assert first is not None
+    assert second is not None
+    return StackedFFN(
+        first=first,
+        second=second,
+        sizes=tuple(sizes),
+        first_bias=cut(ffn.key_bias()),
+        up=cut(ffn.up_keys()),
         up_bias=cut(ffn.up_bias()),
     )
 

@@ -1,0 +1,96 @@
+"""The tensors of single experts as views of the stacked ones, and gradients shaped like them.
+
+Letters: E experts, D width, e neurons of one expert, R rows of its first matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moduli.experts.ffn import StackedFFN
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One expert's share of the stacked tensors; of gradients, None where none is wanted."""
+
+    first: Tensor | None
+    first_bias: Tensor | None
+    up: Tensor | None
+    up_bias: Tensor | None
+    second: Tensor | None
+
+    def zero_(self) -> None:
+        for tensor in (self.first, self.first_bias, self.up, self.up_bias, self.second):
+            if tensor is not None:
+                tensor.zero_()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of all experts: the whole tensors, and the same memory expert by expert."""
+
+    whole: list[Tensor | None]
+    parts: list[Blocks]
+
+
+def blocks(experts: StackedFFN) -> list[Blocks]:
+    """Views of every expert's own tensors."""
+    tensors = [getattr(experts, name) for name in NAMES]
+    return _cut(tensors, experts)
+
+
+NAMES = ("first", "first_bias", "up", "up_bias", "second")
+
+
+def gradients(experts: StackedFFN, wanted: Sequence[bool]) -> Gradients:
+    """Uninitialised tensors with the shapes and strides of those that are wanted.
+
+    With the strides of the weights the gradient of a transposed view needs no copy to become the
+    gradient of the parameter.
+    """
+    whole = []
+    for name, want in zip(NAMES, wanted, strict=True):
+        tensor = getattr(experts, name)
+        whole.append(_empty_like(tensor) if want and tensor is not None else None)
+    return Gradients(whole, _cut(whole, experts))
+
+
+def gate_and_up(pre: Tensor, experts: StackedFFN) -> tuple[Tensor, Tensor | None]:
+    """Views of pre-activations [..., R]: the part that is activated, and the other."""
+    if not experts.gated:
+        return pre, None
+    if experts.fused == "interleaved":
+        return pre[..., 0::2], pre[..., 1::2]
+    gate, up = pre.chunk(2, dim=-1)
+    return gate, up
+
+
+def rows_of(experts: StackedFFN) -> list[int]:
+    """R of every expert."""
+    return [2 * e if experts.gated else e for e in experts.sizes]
+
+
+def _cut(tensors: Sequence[Tensor | None], experts: StackedFFN) -> list[Blocks]:
+    in_first = [e if experts.fused is None else 2 * e for e in experts.sizes]
+    lengths = (in_first, in_first, experts.sizes, experts.sizes, experts.sizes)
+    columns: list[Sequence[Tensor | None]] = []
+    for tensor, own, packed in zip(tensors, lengths, (2, 1, 2, 1, 2), strict=True):
+        if tensor is None:
+            columns.append([None] * len(experts))
+        else:
+            stacked = tensor.dim() > packed
+            columns.append(tensor.unbind() if stacked else tensor.split(list(own)))
+    return [Blocks(*parts) for parts in zip(*columns, strict=True)]
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """Memory laid out as a view's own, without what lies between its rows."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda i: -strides[i])
+    whole = torch.empty([tensor.shape[i] for i in order], dtype=tensor.dtype, device=tensor.device)
+    return whole.permute([order.index(i) for i in range(tensor.dim())])
