@@ -19,8 +19,12 @@ ROOMS: dict[str, set[str]] = {
     "training": {"surgery", "experts", "routing", "losses", "data"},
     "parallel": {"training", "surgery", "experts", "routing", "losses", "data"},
     "methods": {"training", "surgery", "experts", "routing", "losses", "data"},
+    "bench": {"methods", "training", "surgery", "experts", "routing", "losses", "data"},
     "study": {"methods", "training", "surgery", "experts", "routing", "losses", "data"},
-    "cli": {"study", "methods", "training", "surgery", "experts", "routing", "losses", "data"},
+    "cli": {
+        *("study", "bench", "methods", "training", "surgery", "experts", "routing", "losses"),
+        "data",
+    },
 }
 FREE = {"errors", "version", ""}
 

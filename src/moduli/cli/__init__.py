@@ -26,6 +26,7 @@ COMMANDS = {
     "compose": "several fine-tunes of one base as one MoE checkpoint",
     "fetch": "real models and data by name, from package registries",
     "methods": "the methods and their settings",
+    "bench": "speed of layers and models against dense, peers and floors",
     "doctor": "versions, hardware, kernels, cache: what a bug report needs",
 }
 

@@ -1,0 +1,155 @@
+"""Rows in words: the cells of tables for the terminal and the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moduli.bench.cases import LayerCase
+from moduli.bench.models import ModelRow
+from moduli.bench.rows import Entry, LayerRow
+from moduli.bench.targets import Check, checks
+
+Cells = tuple[str, ...]
+MISSING = "–"
+
+LEGEND = (
+    "floor: K/E of the fastest dense form, or for one token reading the experts' weights. "
+    "peer: times as fast as the best of transformers' backends and dense. "
+    "dense: time over the fastest dense form. best: time over our best kernel. "
+    "saved: bytes for backward over S·e·b. router: share of gate and top-k. "
+    "~: fewer than 3 clean samples. !: misses its target."
+)
+
+
+def short(case: LayerCase) -> str:
+    """A case in few words: "4096 768 16/4 fp32 train"."""
+    kind = "fp32" if case.dtype == "float32" else "bf16"
+    words = [f"{case.tokens} {case.hidden} {case.experts}/{case.top_k}", kind, case.mode]
+    words += ["gated"] if case.gated else []
+    words += ["skewed"] if case.spread == "skewed" else []
+    words += [f"{case.threads} thr."] if case.threads > 1 else []
+    return " ".join([*words, case.title] if case.title else words)
+
+
+def summary(rows: Sequence[LayerRow]) -> tuple[Cells, list[Cells]]:
+    """One line per case: what "auto" reaches. Columns that say nothing here are left out."""
+    columns = ("T D E/K", "auto", "ms", "floor", "peer", "dense", "best", "saved", "router")
+    body: list[Cells] = []
+    for row in rows:
+        auto, marks = row.entry("auto"), _missed(checks(row))
+        thin = "~" if auto is not None and auto.thin else ""
+        body.append(
+            (
+                short(row.case),
+                row.choice or MISSING,
+                _ms(None if auto is None else auto.ms) + thin,
+                number(row.to_floor(auto)) + marks["floor"],
+                number(row.ahead(auto)) + marks["peer"],
+                number(row.to_dense(auto)) + marks["dense"],
+                number(row.regret) + marks["regret"],
+                number(row.saved(auto)) + marks["saved"],
+                percent(row.router_share) + marks["router"],
+            )
+        )
+    used = [i for i in range(len(columns)) if any(cells[i] != MISSING for cells in body)]
+    return tuple(columns[i] for i in used), [tuple(cells[i] for i in used) for cells in body]
+
+
+def details(row: LayerRow) -> tuple[Cells, list[Cells]]:
+    """One line per candidate of a case, the fastest first, those without a time last."""
+    columns = ("", "ms", "min", "clean", "floor", "peer", "peak", "saved", "note")
+    body: list[Cells] = [
+        (
+            entry.name,
+            _ms(entry.ms),
+            _ms(entry.min_ms),
+            f"{entry.clean}/{entry.samples}",
+            number(row.to_floor(entry)),
+            number(row.ahead(entry)),
+            percent(row.of_peak(entry)) if entry.role != "dense" else MISSING,
+            number(row.saved(entry)),
+            entry.note or "",
+        )
+        for entry in sorted(row.entries, key=_time)
+    ]
+    return columns, body
+
+
+def heading(row: LayerRow) -> str:
+    """What stands above the details of a case."""
+    return (
+        f"{row.case.label}, {row.settings}: floor {_ms(row.floor_ms)} ms, "
+        f"auto takes {row.choice}, router {percent(row.router_share)} of the layer"
+    )
+
+
+def compiled(rows: Sequence[LayerRow]) -> tuple[Cells, list[Cells]]:
+    """Time over floor with the compiled kernel and without, for cases that have both."""
+    body: list[Cells] = [
+        (
+            short(row.case),
+            number(row.to_floor(row.entry("native"))),
+            number(row.to_floor(row.best_interpreted)),
+        )
+        for row in rows
+        if row.ms("native") is not None
+    ]
+    return ("T D E/K", "compiled", "without"), body
+
+
+def model_table(rows: Sequence[ModelRow]) -> tuple[Cells, list[Cells]]:
+    """One line per model, task and settings."""
+    columns = ("", "settings", "dense tokens/s", "emoe tokens/s", "emoe / dense")
+    body: list[Cells] = [
+        (
+            row.case.label,
+            row.settings,
+            _rate(row.per_second("dense")),
+            _rate(row.per_second("emoe")),
+            number(row.speedup),
+        )
+        for row in rows
+    ]
+    return columns, body
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The machine of a process in one line."""
+    gemm = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in machine["gemm"].items())
+    versions = machine["versions"]
+    return (
+        f"{machine['processor']} ({machine['isa']}), {machine['threads']} of {machine['cores']} "
+        f"cores; torch {versions['torch']}, transformers {versions['transformers']}; allocator: "
+        f"{machine['allocator']}; float32: {machine['fp32']}; OpenMP waits: "
+        f"{machine['wait_policy']}; GEMM {gemm} GFLOP/s; copy {machine['copy']:.0f}, read "
+        f"{machine['read']:.0f} GB/s; load {machine['load']:.1f}"
+    )
+
+
+def number(value: float | None) -> str:
+    """A ratio."""
+    return MISSING if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def percent(value: float | None) -> str:
+    """A share."""
+    return MISSING if value is None else f"{100 * value:.0f} %"
+
+
+def _ms(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _rate(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _time(entry: Entry) -> float:
+    return float("inf") if entry.ms is None else entry.ms
+
+
+def _missed(found: Iterable[Check]) -> dict[str, str]:
+    marks = dict.fromkeys(("floor", "peer", "dense", "regret", "saved", "router"), "")
+    marks |= {check.what: "!" for check in found if not check.met}
+    return marks
