@@ -6,7 +6,8 @@
     moduli.merge(model)                  # dense again
     model.save_pretrained(directory)     # an ordinary checkpoint
 
-Everything is imported when it is first used; methods are found by name in `moduli.methods`.
+Everything is imported when it is first used; methods are found by name in `moduli.methods`. The one
+thing that importing does is to offer "moduli" in transformers' experts interface (`registration`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moduli.errors import ModuliError
+from moduli.registration import install as _install
 from moduli.version import __version__
 
 if TYPE_CHECKING:
     from moduli.methods.api import convert, load
     from moduli.methods.emoe import EMoE
     from moduli.methods.registry import register
+    from moduli.registration import register_experts
     from moduli.surgery.checkpoint import save
     from moduli.surgery.compose import compose
     from moduli.surgery.convert import set_top_k
@@ -39,6 +42,7 @@ _VERBS = {
     "load": "moduli.methods.api",
     "merge": "moduli.surgery.merge",
     "register": "moduli.methods.registry",
+    "register_experts": "moduli.registration",
     "save": "moduli.surgery.checkpoint",
     "set_top_k": "moduli.surgery.convert",
 }
@@ -56,9 +60,12 @@ __all__ = [
     "load",
     "merge",
     "register",
+    "register_experts",
     "save",
     "set_top_k",
 ]
+
+_install()
 
 
 def __getattr__(name: str) -> Any:
