@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from moduli.routing.router import Router
+from moduli.routing.derived import DerivedRouter
+from moduli.routing.router import full_precision
 from moduli.routing.rule import Rule
 
 
@@ -64,7 +65,7 @@ def retie(
     return momentum * gate + (1 - momentum) * means
 
 
-class AvgKRouter(Router):
+class AvgKRouter(DerivedRouter):
     """Scores x @ mean_key of every expert, in float32.
 
     Args:
@@ -72,11 +73,11 @@ class AvgKRouter(Router):
         sizes: neurons per expert.
         rule: see `Rule`.
         normalize: cosine instead of dot product (input and gate rows of unit length).
-        momentum: None computes the gate from the current keys at every call; a number keeps a
+        momentum: None computes the gate from the current keys (once for as long as they do not
+            change, in evaluation: see `moduli.routing.derived`); a number keeps a
             copy, not normalised at first, that `update` moves towards them.
     """
 
-    learned = False
     gate: Tensor | None
 
     def __init__(
@@ -88,8 +89,7 @@ class AvgKRouter(Router):
         normalize: bool = False,
         momentum: float | None = None,
     ) -> None:
-        super().__init__(len(sizes), rule)
-        self.keys = keys
+        super().__init__(len(sizes), rule, keys)
         self.sizes = tuple(sizes)
         self.normalize = normalize
         self.momentum = momentum
@@ -109,17 +109,22 @@ class AvgKRouter(Router):
 
     def current_gate(self) -> Float[Tensor, "E D"]:
         """The gate rows that the next token is scored with."""
+        return self._gate(self._reusable())
+
+    def _gate(self, reuse: bool) -> Tensor:
         if self.gate is not None:
             return self.gate
-        return gate_from_keys(self.keys(), self.sizes, normalize=self.normalize)
+        return self._derived(self._from_keys, self.keys(), reuse, self.normalize)
+
+    def _from_keys(self, keys: Tensor) -> Tensor:
+        return gate_from_keys(keys, self.sizes, normalize=self.normalize)
 
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        gate = self.current_gate()
-        # Scores decide by small gaps: never in the reduced precision of an autocast region.
-        with torch.autocast(x.device.type, enabled=False):
+        gate = self._gate(self._reusable(x))
+        with full_precision(x.device):
             x = x.to(gate.dtype)
             x = F.normalize(x, dim=-1) if self.normalize else x
-            return x @ gate.T
+            return F.linear(x, gate)
 
     def from_preactivations(
         self, z: Float[Tensor, "T F"], bias: Float[Tensor, " F"] | None

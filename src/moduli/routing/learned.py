@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moduli.routing.router import Router
+from moduli.routing.router import Router, full_precision
 from moduli.routing.rule import Rule
 
 
@@ -37,7 +37,7 @@ class LinearRouter(Router):
                 self.gate.weight.copy_(init)
 
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return F.linear(x.to(self.gate.weight.dtype), self.gate.weight)
 
 
@@ -62,7 +62,7 @@ class CosineRouter(Router):
         self.directions = nn.Parameter(torch.empty(projection, num_experts).normal_(0, 0.01))
 
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             z = self.projector(x.to(self.directions.dtype))
             cosine = F.normalize(z, dim=-1) @ F.normalize(self.directions, dim=0)
             limit = math.log(self.MAX_TEMPERATURE)

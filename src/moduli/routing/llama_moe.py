@@ -16,7 +16,7 @@ al. 2017, section 2.1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from moduli.errors import ConfigError
 from moduli.routing.record import RouteContext, Routing
-from moduli.routing.router import Router
-from moduli.routing.rule import Rule, route
+from moduli.routing.router import Router, full_precision
+from moduli.routing.rule import Rule, admitted, choose, softmax_over_chosen
 
 Network = Literal["linear", "mlp"]
 
@@ -92,7 +92,7 @@ class NoisyTopKRouter(Router):
         self._spread: Tensor | None = None  # of the scores that `select` is about to be given
 
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = x.to(next(self.network.parameters()).dtype)
             self._spread = None
             if self.training and self.noise is not None and self.noise_floor is not None:
@@ -111,9 +111,10 @@ class NoisyTopKRouter(Router):
             noisy = scores + sample * spread
         else:
             spread = None
-        found = route(noisy, self.rule, replace(context, noise=None))
-        weights = self.scale * noisy.gather(1, found.experts).softmax(dim=-1)
-        return NoisyRouting(found.experts, weights, found.active, scores, noisy, spread)
+        experts = choose(noisy, self.rule)
+        weights = self.scale * softmax_over_chosen(noisy, experts)
+        active = admitted(noisy, experts, self.rule, context)
+        return NoisyRouting(experts, weights, active, scores, noisy, spread)
 
     def __getstate__(self) -> dict[str, object]:
         # It has a graph, which can neither be copied nor pickled.

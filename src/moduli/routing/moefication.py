@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moduli.routing.avgk import key_means
-from moduli.routing.router import Router
+from moduli.routing.derived import DerivedRouter
+from moduli.routing.router import Router, full_precision
 from moduli.routing.rule import Rule
 
 
@@ -68,7 +69,7 @@ class GroundTruthRouter(Router):
 
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         keys, bias = self.keys(), self.bias()
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             z = F.linear(x.to(keys.dtype), keys, bias)
         return self.from_preactivations(z, bias)
 
@@ -87,7 +88,7 @@ class GroundTruthRouter(Router):
         return torch.stack([group.sum(dim=-1, dtype=dtype) for group in groups], dim=-1)
 
 
-class SimilarityRouter(Router):
+class SimilarityRouter(DerivedRouter):
     """Scores an expert by minus the distance of the unit-length token to its centre.
 
     Since |x^ - c|^2 = 1 - 2 x^.c + |c|^2, that is the order of x^.c - |c|^2 / 2.
@@ -98,19 +99,18 @@ class SimilarityRouter(Router):
         rule: see `Rule`.
     """
 
-    learned = False
-
     def __init__(self, keys: Callable[[], Tensor], sizes: Sequence[int], rule: Rule) -> None:
-        super().__init__(len(sizes), rule)
-        self.keys = keys
+        super().__init__(len(sizes), rule, keys)
         self.sizes = tuple(sizes)
 
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        centers = key_centers(self.keys(), self.sizes)
-        # Scores decide by small gaps: never in the reduced precision of an autocast region.
-        with torch.autocast(x.device.type, enabled=False):
+        centers = self._derived(self._centers, self.keys(), self._reusable(x))
+        with full_precision(x.device):
             x = F.normalize(x.to(centers.dtype), dim=-1)
             return -torch.cdist(x, centers)
+
+    def _centers(self, keys: Tensor) -> Tensor:
+        return key_centers(keys, self.sizes)
 
 
 class MLPRouter(Router):
@@ -139,7 +139,7 @@ class MLPRouter(Router):
                 self.first.weight.copy_(init)
 
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = F.normalize(x.to(self.first.weight.dtype), dim=-1)
             logits: Tensor = self.second(self.first(x).tanh())
             return logits

@@ -13,11 +13,21 @@ A router of your own overrides `scores` and nothing else:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moduli.routing.record import RouteContext, Routing
 from moduli.routing.rule import Rule, route
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Suspends autocast, which scores must not see: they decide by small gaps."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # entering autocast costs as much as scoring one token
 
 
 class Router(nn.Module):

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moduli.errors import ConfigError
 from moduli.routing.capacity import capacity, slots
 from moduli.routing.record import RouteContext, Routing
+from moduli.routing.topk import best
 
 Choose = Literal["top", "bottom", "not_top"]
 Combine = Literal["one", "softmax", "probability", "straight_through"]
@@ -28,7 +29,8 @@ class Rule:
     Attributes:
         top_k: K.
         choose: "top" the K best experts, "bottom" the K worst, "not_top" the E - K others: the
-            three arms of EMoE's negative-transfer analysis.
+            three arms of EMoE's negative-transfer analysis. Of equal scores the expert with the
+            lower index comes first, in all three.
         combine: "one" every chosen expert counts fully (EMoE); "softmax" its probability,
             renormalised over the chosen ones if K > 1 (Tutel); "probability" is that without
             renormalising (Switch); "straight_through" counts fully but passes the gradient of the
@@ -55,26 +57,13 @@ def route(scores: Float[Tensor, "T E"], rule: Rule, context: RouteContext) -> Ro
     Raises:
         ConfigError: more experts are asked for than there are.
     """
-    num_experts = scores.shape[1]
-    if not 1 <= rule.top_k <= num_experts:
-        raise ConfigError(f"top_k is {rule.top_k}, but there are {num_experts} experts")
     noisy = add_noise(scores, rule, context)
-    experts = _choose(noisy, rule)
-    plain = rule.combine == "one"
-    needs_probs = not plain or (rule.capacity_factor != 0 and rule.prioritized)
-    probs = noisy.softmax(dim=-1) if needs_probs else noisy
-    if plain:
+    experts = choose(noisy, rule)
+    if rule.combine == "one":
         weights = torch.ones(experts.shape, dtype=scores.dtype, device=scores.device)
     else:
-        weights = _weights(noisy, probs, experts, rule.combine)
-    active = None
-    if rule.capacity_factor != 0:
-        real = None if rule.route_padding else context.real
-        priority = probs.detach().amax(dim=-1) if rule.prioritized else None
-        place = slots(experts, num_experts, priority, real)
-        tokens = place.shape[0] if real is None else int(real.sum())
-        active = place < capacity(tokens, num_experts, rule.top_k, rule.capacity_factor)
-    return Routing(experts, weights, active, scores, noisy)
+        weights = _weights(noisy, experts, rule)
+    return Routing(experts, weights, admitted(noisy, experts, rule, context), scores, noisy)
 
 
 def add_noise(
@@ -89,26 +78,61 @@ def add_noise(
     return scores + rule.noise * sample / scores.shape[1]
 
 
-def _choose(scores: Float[Tensor, "T E"], rule: Rule) -> Int[Tensor, "T K"]:
+def choose(scores: Float[Tensor, "T E"], rule: Rule) -> Int[Tensor, "T K"]:
+    """The experts that `rule` selects, in order of choice.
+
+    Raises:
+        ConfigError: more experts are asked for than there are.
+    """
+    num_experts = scores.shape[1]
+    if not 1 <= rule.top_k <= num_experts:
+        raise ConfigError(f"top_k is {rule.top_k}, but there are {num_experts} experts")
     if rule.choose == "top":
-        return scores.topk(rule.top_k, dim=-1).indices
+        return best(scores, rule.top_k)
     if rule.choose == "bottom":
-        return scores.topk(rule.top_k, dim=-1, largest=False).indices
-    return scores.argsort(dim=-1, descending=True, stable=True)[:, rule.top_k :]
+        return best(-scores, rule.top_k)
+    return best(scores, num_experts)[:, rule.top_k :]
+
+
+def admitted(
+    scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"], rule: Rule, context: RouteContext
+) -> Bool[Tensor, "T K"] | None:
+    """Which of the chosen slots fit the capacity of their expert; None: all, without capacity."""
+    if rule.capacity_factor == 0:
+        return None
+    num_experts = scores.shape[1]
+    real = None if rule.route_padding else context.real
+    priority = scores.detach().softmax(dim=-1).amax(dim=-1) if rule.prioritized else None
+    place = slots(experts, num_experts, priority, real)
+    tokens = place.shape[0] if real is None else int(real.sum())
+    return place < capacity(tokens, num_experts, rule.top_k, rule.capacity_factor)
+
+
+def softmax_over_chosen(
+    scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"]
+) -> Float[Tensor, "T K"]:
+    """Probabilities of the chosen experts, renormalised, in at least float32."""
+    return scores.gather(1, experts).softmax(dim=-1, dtype=_at_least_float32(scores))
+
+
+def _at_least_float32(scores: Tensor) -> torch.dtype:
+    return scores.dtype if scores.dtype.itemsize >= 4 else torch.float32
 
 
 def _weights(
-    scores: Float[Tensor, "T E"],
-    probs: Float[Tensor, "T E"],
-    experts: Int[Tensor, "T K"],
-    combine: Combine,
+    scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"], rule: Rule
 ) -> Float[Tensor, "T K"]:
-    if combine == "straight_through":
+    dtype = _at_least_float32(scores)
+    if rule.combine == "straight_through":
         # Value 1, gradient d log p: the layer starts at the dense function at k = E. From the
         # logarithm, since a probability may be too small for a number.
-        log_probs = scores.log_softmax(dim=-1).gather(1, experts)
+        log_probs = scores.log_softmax(dim=-1, dtype=dtype).gather(1, experts)
         return 1 + (log_probs - log_probs.detach())
-    probs = probs.gather(1, experts)
-    if probs.shape[1] == 1 or combine == "probability":
+    single = experts.shape[1] == 1
+    if rule.combine == "softmax" and rule.choose == "top" and not single:
+        return softmax_over_chosen(scores, experts)
+    probs = scores.softmax(dim=-1, dtype=dtype).gather(1, experts)
+    if single or rule.combine == "probability":
         return probs
-    return probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(probs.dtype).eps)
+    # Tutel's guard acts where experts far below the best are chosen: their weights stay small.
+    return probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
