@@ -54,16 +54,19 @@ class Candidate:
     trains: bool = True
 
     def scope(self) -> AbstractContextManager[object]:
-        """What is around a call: fast float32 where the candidate asks for it."""
-        return fast_fp32() if self.fast else nullcontext()
+        """What is around a call: fast float32 where the candidate asks for it.
+
+        Even where it rounds: then the candidate is found to be wrong and gets no time.
+        """
+        return fast_fp32(True) if self.fast else nullcontext()
 
 
-def candidates(case: LayerCase) -> list[Candidate]:
+def candidates(case: LayerCase, device: torch.device) -> list[Candidate]:
     """All that could compute a case; some may turn out not to support it."""
     ours: Layout = "stock" if case.owned else "dense"
     names = ["auto", *(name for name in KERNELS if name not in ("auto", "eager"))]
     found = [Candidate(name, "kernel", ours, partial(_ours, name)) for name in names]
-    found += dense_forms(case)
+    found += dense_forms(case, device)
     backends = ["eager", "grouped_mm"]
     backends += ["batched_mm"] if case.tokens <= BATCHED_TOKENS else []
     found += [
@@ -75,9 +78,11 @@ def candidates(case: LayerCase) -> list[Candidate]:
     return [c for c in found if c.trains or case.mode == "forward"]
 
 
-def dense_forms(case: LayerCase) -> list[Candidate]:
+def dense_forms(case: LayerCase, device: torch.device) -> list[Candidate]:
     """The dense layer as it is written, with fast float32, and with fused activations."""
     forms = [Candidate("dense", "dense", "dense", _dense, routed=False)]
+    if device.type != "cpu":
+        return forms
     if case.dtype == "float32":
         forms.append(Candidate("dense fast", "dense", "dense", _dense, routed=False, fast=True))
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -155,17 +155,19 @@ def grid() -> list[LayerCase]:
 
 def families() -> list[LayerCase]:
     """Layers with the experts of known checkpoints, in the layout of those."""
-    shapes = {  # D, E, K, width
-        "Mixtral": (4096, 8, 2, 14336),
+    shapes = {  # D, E, K, width; Mixtral at half its widths, for memory
+        "Mixtral / 2": (2048, 8, 2, 7168),
         "OLMoE": (2048, 64, 8, 1024),
         "Qwen3-MoE": (2048, 128, 8, 768),
     }
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
     return [
         LayerCase(
-            tokens=t, hidden=d, experts=e, top_k=k, width=width, dtype="bfloat16",
+            tokens=t, hidden=d, experts=e, top_k=k, width=width, dtype=dtype,
             gated=True, owned=True, title=title,
         )
         for title, (d, e, k, width) in shapes.items()
+        for dtype in dtypes
         for t in (1, 512)
     ]  # fmt: skip
 

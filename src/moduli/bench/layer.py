@@ -15,6 +15,7 @@ import torch
 from moduli.bench.candidates import Candidate, candidates, chosen_kernel
 from moduli.bench.cases import LayerCase
 from moduli.bench.checking import (
+    Results,
     deviation,
     evaluate,
     expected,
@@ -64,8 +65,9 @@ def measure_layer(
     calls: dict[str, Callable[[], object]] = {}
     entries: dict[str, Entry] = {}
     with scope(settings):
-        for candidate in candidates(case) if among is None else among:
-            entry = _check(candidate, layers)
+        references = _References(layers)
+        for candidate in candidates(case, device) if among is None else among:
+            entry = _check(candidate, references)
             entries[candidate.name] = entry
             if entry.note is None:
                 calls[candidate.name] = _run(candidate, layers)
@@ -105,21 +107,35 @@ def machine_floor(case: LayerCase, machine: Machine) -> float:
     return 1000 * max(products, passes * moved / (machine.copy * 1e9))
 
 
-def _check(candidate: Candidate, layers: Sequence[Layer]) -> Entry:
+class _References:
+    """What is right for the first and the last layer, computed once for all candidates."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list({id(layer): layer for layer in (layers[0], layers[-1])}.values())
+        self.found: dict[bool, list[Results]] = {}
+
+    def __call__(self, routed: bool) -> list[tuple[Layer, Results]]:
+        if routed not in self.found:
+            self.found[routed] = [
+                expected(layer, layer.visits[-1], routed=routed) for layer in self.layers
+            ]
+        return list(zip(self.layers, self.found[routed], strict=True))
+
+
+def _check(candidate: Candidate, references: _References) -> Entry:
     """An entry without a time; its note says why there will be none."""
     worst, saved = 0.0, None
+    layer = references.layers[0]
     try:
-        for layer in {id(layer): layer for layer in (layers[0], layers[-1])}.values():
-            visit = layer.visits[-1]
-            reference = expected(layer, visit, routed=candidate.routed)
-            found = deviation(evaluate(candidate, layer, visit), reference)
+        for one, reference in references(candidate.routed):
+            found = deviation(evaluate(candidate, one, one.visits[-1]), reference)
             worst = found if not found <= worst else worst
-        if layers[0].case.mode == "train":
-            saved = saved_bytes(candidate, layers[0], layers[0].visits[0])
+        if layer.case.mode == "train":
+            saved = saved_bytes(candidate, layer, layer.visits[0])
     except Exception as error:
         reason = str(error).partition("\n")[0]
         return Entry(candidate.name, candidate.role, note=f"{type(error).__name__}: {reason}")
-    right = right_enough(worst, layers[0].case)
+    right = right_enough(worst, layer.case)
     return Entry(
         candidate.name,
         candidate.role,

@@ -23,7 +23,8 @@ from moduli.routing.rule import Rule, route
 
 # For one token the weights of all layers together are larger than any cache, and every call
 # takes another layer and other experts, as decoding does.
-DECODE_LAYERS, DECODE_BYTES, DECODE_VISITS = 8, 128 * 2**20, 8
+DECODE_LAYERS, DECODE_VISITS = 8, 8
+CACHE_BYTES, MAX_BYTES = 128 * 2**20, 2**30
 
 
 class DenseFFN(nn.Module):
@@ -83,15 +84,16 @@ class Layer:
         )
 
     def reference(self, experts: int) -> ExpertFFN:
-        """The first so many experts as float32 copies that take gradients."""
-        e, first = self.case.width, first_of(self.stock).detach()[:experts].float()
+        """The first so many experts in float32, as copies that take gradients in training."""
+        training = self.case.mode == "train"
+
+        def leaves(rows: Tensor) -> list[Tensor]:
+            return [one.clone().requires_grad_() if training else one for one in rows.unbind()]
+
+        first = first_of(self.stock).detach()[:experts].float()
+        keys, *up = first.split(self.case.width, dim=1)
         values = self.stock.down_proj.detach()[:experts].float().transpose(1, 2)
-        cut = [[part.clone().requires_grad_() for part in rows.split(e)] for rows in first]
-        return ExpertFFN(
-            keys=[parts[0] for parts in cut],
-            values=[rows.clone().requires_grad_() for rows in values],
-            up_keys=[parts[1] for parts in cut] if self.case.gated else None,
-        )
+        return ExpertFFN(leaves(keys), leaves(values), up_keys=leaves(up[0]) if up else None)
 
     def parameters(self) -> list[nn.Parameter]:
         """Weights in all layouts."""
@@ -109,9 +111,15 @@ def build(case: LayerCase, device: torch.device, seed: int = 0) -> list[Layer]:
     from transformers.activations import ACT2FN
 
     generator = torch.Generator().manual_seed(seed)
-    count = max(DECODE_LAYERS, math.ceil(DECODE_BYTES / case.layer_bytes)) if case.decode else 1
+    count = decode_layers(case) if case.decode else 1
     activation = ACT2FN["silu" if case.gated else "gelu"]
     return [_layer(case, device, generator, activation) for _ in range(count)]
+
+
+def decode_layers(case: LayerCase) -> int:
+    """As many layers as no cache holds, at least eight; fewer where they are huge."""
+    wanted = max(DECODE_LAYERS, math.ceil(CACHE_BYTES / case.layer_bytes))
+    return max(1, min(wanted, MAX_BYTES // case.layer_bytes))
 
 
 def _layer(

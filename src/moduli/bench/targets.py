@@ -124,14 +124,12 @@ def checks(row: LayerRow) -> list[Check]:
     found = [
         Check("floor", row.to_floor(auto), limit),
         Check("peer", row.ahead(auto), target.ahead, at_most=False),
+        Check("dense", row.to_dense(auto), 1.0 if target.faster_than_dense else DENSE),
         Check("regret", row.regret, REGRET),
+        Check("router", row.router_share, ROUTER),
     ]
     if case.mode == "train":
         found.append(Check("saved", row.saved(auto), SAVED))
-    if not case.decode:
-        limit = 1.0 if target.faster_than_dense else DENSE
-        found.append(Check("dense", row.to_dense(auto), limit))
-        found.append(Check("router", row.router_share, ROUTER))
     compiled = row.entry(COMPILED)
     if compiled is not None and compiled.ms and case.mode == "forward" and not case.decode:
         if case.width >= WIDE:

@@ -61,8 +61,8 @@ class Bench(Common):
     """With --model: tuning steps, or generation."""
     threads: tuple[int, ...] = (1,)
     """Threads; every number is measured in a process of its own. Sets bring their own."""
-    settings: tuple[Literal["tuned", "defaults"], ...] = ("tuned", "defaults")
-    """What is measured under."""
+    settings: tuple[Literal["tuned", "defaults"], ...] = ()
+    """What to measure under. Default: both; with the quick set "tuned" alone."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     rounds: int = 5
@@ -97,12 +97,13 @@ def main(argv: Sequence[str]) -> int:
         spread=args.router,
     )
     chosen = "quick" if args.quick else args.set
+    settings = args.settings or (("tuned",) if chosen == "quick" else ("tuned", "defaults"))
     jobs = ask(
         shape,
         chosen=chosen,
         model=args.model,
         task=args.task,
-        settings=args.settings,
+        settings=settings,
         device=args.device,
         rounds=args.rounds,
     )
@@ -132,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
             output.text(f"targets met: {reached} of {of}")
     if args.out is not None:
         write_record(record, args.out / f"{name}.json")
-        tuned = [row for row in record.layers if row.settings == args.settings[0]]
+        tuned = [row for row in record.layers if row.settings == settings[0]]
         if tuned:
             (args.out / f"{name}.svg").write_text(floor_plot(tuned), encoding="utf-8")
         output.note(f"written to {args.out}")
