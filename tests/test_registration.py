@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 import moduli
 from moduli import registration
-from moduli.errors import ConfigError
+from moduli.errors import ConfigError, UnknownNameError
 
 NAMES = ExpertsInterface._global_mapping
 
@@ -41,6 +41,21 @@ def test_import_of_moduli_after_transformers(
     register()
     assert "moduli" in ALL_EXPERTS_FUNCTIONS
     assert len(sys.meta_path) == hooks
+
+
+def test_a_single_kernel_has_a_name_of_its_own() -> None:
+    name = moduli.register_experts("padded")
+    assert name == "moduli:padded"
+    assert name in ALL_EXPERTS_FUNCTIONS
+    assert moduli.register_experts("padded") == name
+    del NAMES[name]
+    with pytest.raises(UnknownNameError, match=r"'paded'.*Did you mean 'padded'"):
+        moduli.register_experts("paded")
+
+
+def test_names_and_kernels() -> None:
+    names = {None: "auto", "moduli": "auto", "moduli:loop": "loop", "eager": None, "modul": None}
+    assert {name: registration.kernel_of(name) for name in names} == names
 
 
 @pytest.fixture

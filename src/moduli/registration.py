@@ -4,6 +4,8 @@ transformers looks implementations up by name when a model is built or
 `model.set_experts_implementation(name)` is called, and has no entry points for packages that bring
 one. So `import moduli` adds the name at once where transformers has been imported, and otherwise as
 soon as it is; neither imports transformers or torch, and kernels are imported at their first use.
+
+"moduli" chooses a kernel by itself; "moduli:NAME" is one kernel alone, registered on demand.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from moduli.errors import ConfigError
+from moduli.errors import ConfigError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,24 +26,46 @@ NAME = "moduli"
 REGISTRY = "transformers.integrations.moe"
 
 
-def register_experts() -> None:
-    """Make "moduli" an experts implementation of transformers; `import moduli` does so by itself.
+def register_experts(kernel: str = "auto") -> str:
+    """Make a kernel an experts implementation of transformers.
 
-    For a process that has taken the name away again, or does not want to depend on a hook of the
-    import system. Calling it twice changes nothing.
+    `import moduli` registers "moduli", which is "auto", by itself. Registering twice changes
+    nothing.
+
+    Args:
+        kernel: a name of `moduli.experts.kernels.KERNELS`, or "auto".
+
+    Returns:
+        The name to give to `model.set_experts_implementation`: "moduli" or "moduli:KERNEL".
 
     Raises:
+        UnknownNameError: there is no kernel of that name.
         ConfigError: this version of transformers has no registry of experts implementations.
     """
-    if not _register(import_module(REGISTRY)):
+    from moduli.experts.kernels import KERNELS
+
+    if kernel not in {"auto", *KERNELS}:
+        raise UnknownNameError(f"there is no kernel {kernel!r}. {nearest(kernel, KERNELS)}")
+    if not _register(import_module(REGISTRY), kernel):
         raise ConfigError(
             f"{REGISTRY} has no ExpertsInterface to register {NAME!r} in; moduli needs "
             "transformers 5 or newer"
         )
+    return _name_of(kernel)
+
+
+def kernel_of(implementation: str | None) -> str | None:
+    """The kernel that an experts implementation stands for; None if it is not one of ours.
+
+    Args:
+        implementation: a name in transformers' registry; None, for modules of our own, is "auto".
+    """
+    ours, _, kernel = (implementation or NAME).partition(":")
+    return (kernel or "auto") if ours == NAME else None
 
 
 def install() -> None:
-    """Register now or when transformers is imported."""
+    """Register "moduli" now or when transformers is imported."""
     registry = sys.modules.get(REGISTRY)
     if registry is not None:
         _register(registry)
@@ -49,22 +73,25 @@ def install() -> None:
         sys.meta_path.insert(0, _RegisterOnImport())
 
 
-def _register(registry: ModuleType) -> bool:
+def _name_of(kernel: str) -> str:
+    return NAME if kernel == "auto" else f"{NAME}:{kernel}"
+
+
+def _register(registry: ModuleType, kernel: str = "auto") -> bool:
     """Whether there was a registry to register in."""
     interface = getattr(registry, "ExpertsInterface", None)
     if interface is None:
         return False
-    interface.register(NAME, _experts_forward)
+
+    def forward(
+        module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        from moduli.experts.interface import experts_forward
+
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights, kernel)
+
+    interface.register(_name_of(kernel), forward)
     return True
-
-
-def _experts_forward(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """What the registry holds: `moduli.experts.interface.experts_forward`, imported when called."""
-    from moduli.experts.interface import experts_forward
-
-    return experts_forward(module, hidden_states, top_k_index, top_k_weights)
 
 
 class _RegisterOnImport(MetaPathFinder):

@@ -63,6 +63,19 @@ def test_a_bank_computes_its_experts(shape: str, sizes: tuple[int, ...]) -> None
     )
 
 
+@pytest.mark.parametrize("name", ["moduli", "moduli:padded", "moduli:eager"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_our_own_kernels_by_the_names_they_have_in_transformers(shape: str, name: str) -> None:
+    bank = ExpertBank(experts(*SHAPES[shape]), nn.GELU(), dropout=0.1).eval()
+    x, where = torch.randn(T, D), routing()
+    expected = bank(x, where.experts, where.weights)
+    bank.implementation = name
+    torch.testing.assert_close(bank(x, where.experts, where.weights), expected)
+    bank.implementation = "moduli"
+    bank.train()  # unlike those of transformers, ours know dropout
+    assert not torch.allclose(bank(x, where.experts, where.weights), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backends_of_transformers_agree_forward_and_backward(shape: str, backend: str) -> None:

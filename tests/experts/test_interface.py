@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
+import moduli
+from moduli.errors import ConfigError
 from moduli.experts import interface
 from tests.experts import moe_families as families
 
@@ -26,6 +30,7 @@ def marked(cases: list[str]) -> list[Any]:
 
 
 CASES = families.cases()
+ROOT = Path(__file__).parents[2]
 MIXTRAL = "mixtral.MixtralExperts"
 E, F, D, T, K = 5, 6, 8, 11, 2
 
@@ -253,6 +258,23 @@ def test_adapters_on_the_experts_learn() -> None:
     assert_same(found["moduli"], found["eager"])
 
 
+def test_one_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build(MIXTRAL)
+    model.set_experts_implementation(moduli.register_experts("padded"))
+    used: list[str] = []
+    run = interface.run_experts
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(
+            interface, "run_experts", lambda *a, **k: (used.append(a[4]), run(*a, **k))[1]
+        )
+        model(**families.inputs(model))
+    assert set(used) == {"padded"}
+    other = families.build("gpt_oss.GptOssExperts")
+    other.set_experts_implementation(moduli.register_experts("padded"))
+    with pytest.raises(ConfigError, match=r"kernel='padded' cannot.*gating rule of their own"):
+        other(**families.inputs(other))
+
+
 def test_a_checkpoint_is_loaded_with_our_kernels_and_does_not_know_of_them(tmp_path: Path) -> None:
     model = families.build(MIXTRAL)
     model.set_experts_implementation("moduli")
@@ -263,3 +285,19 @@ def test_a_checkpoint_is_loaded_with_our_kernels_and_does_not_know_of_them(tmp_p
     batch = families.inputs(model)
     with torch.no_grad():
         torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "cases"),
+    [
+        ("aot_eager", [MIXTRAL, "deepseek_v3.DeepseekV3Experts"]),
+        ("inductor", [MIXTRAL]),
+    ],
+)
+def test_a_compiled_model_is_one_graph_and_learns_the_same(backend: str, cases: list[str]) -> None:
+    command = [sys.executable, "-m", "tests.experts.compile_worker", backend, *cases]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moduli.errors import ConfigError
 from moduli.experts.ffn import ExpertFFN, StackedFFN
 from moduli.experts.kernels import run_experts
+from moduli.registration import kernel_of
 from moduli.routing import Routing
 
 
@@ -36,8 +37,8 @@ class ExpertBank(nn.Module):
         dropout: probability on the activations, in training.
 
     Attributes:
-        implementation: None for our kernels, or the name of an experts backend of transformers
-            ("grouped_mm", "batched_mm", ...).
+        implementation: None or "moduli" for our kernels, "moduli:NAME" for one of them, or the
+            name of another experts backend of transformers ("grouped_mm", "batched_mm", ...).
 
     Raises:
         ConfigError: experts of unequal size whose activation is not 0 at 0.
@@ -94,14 +95,15 @@ class ExpertBank(nn.Module):
                 `num_experts` stands for an expert on another rank and is left out.
             top_k_weights: 0 for slots that a router does not use.
         """
-        if self.implementation is not None:
+        kernel = kernel_of(self.implementation)
+        if kernel is None:
             return self._stock(hidden_states, top_k_index, top_k_weights)
         here = top_k_index < self.num_experts
         active = here & (top_k_weights.detach() != 0)
         routing = Routing(top_k_index.where(here, 0), top_k_weights, active)
         dropping = self.dropout and self.training
         activation = self._drop_out if dropping else self.act_fn
-        return run_experts(hidden_states, routing, self.stacked(), activation)
+        return run_experts(hidden_states, routing, self.stacked(), activation, kernel)
 
     def _stock(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -33,6 +33,7 @@ def experts_forward(
     hidden_states: Float[Tensor, "T D"],
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
+    kernel: str = "auto",
 ) -> Float[Tensor, "T D"]:
     """The forward of an experts module of transformers, by our kernels.
 
@@ -43,6 +44,7 @@ def experts_forward(
             `num_experts` stands for an expert of another rank and is left out.
         top_k_weights: combine weights, in any floating type. A weight of 0 is a weight like any
             other, since the router may learn from it.
+        kernel: as in `run_experts`.
     """
     active = None
     if module._is_expert_parallel:
@@ -54,6 +56,7 @@ def experts_forward(
         Routing(top_k_index, top_k_weights, active),
         stacked(module),
         gating or module.act_fn,
+        kernel,
         gating=gating,
         after=module.post_expert_norm if module.has_post_expert_norm else None,
     )
