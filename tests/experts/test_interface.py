@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from transformers.integrations.moe import use_experts_implementation
 import moduli
 from moduli.errors import ConfigError
 from moduli.experts import interface
+from tests import tiny
 from tests.experts import moe_families as families
 
 QUICK = {"mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss"}
@@ -301,3 +303,15 @@ def test_a_compiled_model_is_one_graph_and_learns_the_same(backend: str, cases: 
         command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_guide_names_every_family() -> None:
+    page = (ROOT / "docs/guide/kernels.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`", page.partition("tested with they are\n")[2].partition("\n\n")[0])
+    assert named == sorted({case.split(".")[0] for case in CASES})
+
+
+def test_a_model_without_such_experts_says_that_nothing_changed() -> None:
+    model = tiny.build("llama")
+    model.set_experts_implementation("moduli")
+    assert model.get_experts_implementation() != {"": "moduli"}
