@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -95,6 +96,17 @@ def measure(jobs: Sequence[Job], *, name: str, command: str, on_row: OnRow | Non
     """
     date = datetime.now(UTC).date().isoformat()
     return Record(name, command, date, tuple(run(job, on_row) for job in jobs))
+
+
+def typed(argv: Sequence[str]) -> str:
+    """The command that measures the same again, wherever its record goes."""
+    kept = list(argv)
+    for i, word in reversed(list(enumerate(kept))):
+        if word == "--out":
+            del kept[i : i + 2]
+        elif word.startswith("--out=") or word in ("--json", "--details"):
+            del kept[i]
+    return shlex.join(["moduli", "bench", *kept])
 
 
 def label(chosen: str | None, model: str | None, task: Task, device: str = "cpu") -> str:

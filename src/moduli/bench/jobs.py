@@ -10,9 +10,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -118,7 +118,7 @@ def run(job: Job, on_row: OnRow | None = None) -> Part:
     return part
 
 
-def collect(lines: IO[str], on_row: OnRow | None = None) -> Part:
+def collect(lines: Iterable[str], on_row: OnRow | None = None) -> Part:
     """The part that a process writes, line by line."""
     machine: dict[str, Any] = {}
     layers: list[LayerRow] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moduli.bench.cases import LayerCase
@@ -16,44 +16,58 @@ MISSING = "–"
 LEGEND = (
     "floor: K/E of the fastest dense form, or for one token reading the experts' weights. "
     "peer: times as fast as the best of transformers' backends and dense. "
-    "dense: time over the fastest dense form. best: time over our best kernel. "
+    "dense: time over the fastest dense form. best (regret): time over our best kernel. "
     "saved: bytes for backward over S·e·b. router: share of gate and top-k. "
-    "~: fewer than 3 clean samples. !: misses its target."
+    "~: fewer than 3 clean samples."
 )
 
 
 def short(case: LayerCase) -> str:
-    """A case in few words: "4096 768 16/4 fp32 train"."""
+    """A case in few words: "4096 768 16/4 fp32 train x2" on two threads."""
     kind = "fp32" if case.dtype == "float32" else "bf16"
-    words = [f"{case.tokens} {case.hidden} {case.experts}/{case.top_k}", kind, case.mode]
+    mode = "fwd" if case.mode == "forward" else "train"
+    words = [f"{case.tokens} {case.hidden} {case.experts}/{case.top_k}", kind, mode]
     words += ["gated"] if case.gated else []
     words += ["skewed"] if case.spread == "skewed" else []
-    words += [f"{case.threads} thr."] if case.threads > 1 else []
+    words += [f"x{case.threads}"] if case.threads > 1 else []
     return " ".join([*words, case.title] if case.title else words)
 
 
-def summary(rows: Sequence[LayerRow]) -> tuple[Cells, list[Cells]]:
-    """One line per case: what "auto" reaches. Columns that say nothing here are left out."""
-    columns = ("T D E/K", "auto", "ms", "floor", "peer", "dense", "best", "saved", "router")
-    body: list[Cells] = []
+def summary(rows: Sequence[LayerRow], *, wide: bool = False) -> tuple[Cells, list[Cells]]:
+    """One line per case: what "auto" reaches, beside the target where there is one.
+
+    Args:
+        rows: of one process.
+        wide: with milliseconds, the best peer and what was missed; else the table fits a terminal.
+
+    Returns:
+        Titles and cells; columns that say nothing here are left out.
+    """
+    lines: list[dict[str, str]] = []
     for row in rows:
-        auto, marks = row.entry("auto"), _missed(checks(row))
+        auto, found, peer = row.entry("auto"), checks(row), row.best_peer
+        by = {check.what: check for check in found}
         thin = "~" if auto is not None and auto.thin else ""
-        body.append(
-            (
-                short(row.case),
-                row.choice or MISSING,
-                _ms(None if auto is None else auto.ms) + thin,
-                number(row.to_floor(auto)) + marks["floor"],
-                number(row.ahead(auto)) + marks["peer"],
-                number(row.to_dense(auto)) + marks["dense"],
-                number(row.regret) + marks["regret"],
-                number(row.saved(auto)) + marks["saved"],
-                percent(row.router_share) + marks["router"],
-            )
-        )
-    used = [i for i in range(len(columns)) if any(cells[i] != MISSING for cells in body)]
-    return tuple(columns[i] for i in used), [tuple(cells[i] for i in used) for cells in body]
+        missed = [check.what for check in found if not check.met]
+        line = {
+            "T D E/K": short(row.case),
+            "auto": (row.choice or MISSING) + thin,
+            "ms": _ms(None if auto is None else auto.ms),
+            "floor": _against(row.to_floor(auto), by.get("floor")),
+            "peer": _against(row.ahead(auto), by.get("peer")),
+            "best peer": MISSING if peer is None else peer.name.removeprefix("transformers "),
+            "dense": number(row.to_dense(auto)),
+            "best": number(row.regret),
+            "saved": number(row.saved(auto)),
+            "router": percent(row.router_share),
+            "met": MISSING if not found else "no" if missed else "yes",
+            "missed": ", ".join(missed) or MISSING,
+        }
+        if not wide:
+            del line["ms"], line["best peer"], line["missed"]
+        lines.append(line)
+    used = [title for title in lines[0] if any(line[title] != MISSING for line in lines)]
+    return tuple(used), [tuple(line[title] for title in used) for line in lines]
 
 
 def details(row: LayerRow) -> tuple[Cells, list[Cells]]:
@@ -149,7 +163,9 @@ def _time(entry: Entry) -> float:
     return float("inf") if entry.ms is None else entry.ms
 
 
-def _missed(found: Iterable[Check]) -> dict[str, str]:
-    marks = dict.fromkeys(("floor", "peer", "dense", "regret", "saved", "router"), "")
-    marks |= {check.what: "!" for check in found if not check.met}
-    return marks
+def _against(value: float | None, check: Check | None) -> str:
+    """A ratio and, where there is a target, which side of it the ratio is on."""
+    if check is None or value is None:
+        return number(value)
+    signs = ("≤", ">") if check.at_most else ("≥", "<")
+    return f"{number(value)}{signs[not check.met]}{check.limit:g}"

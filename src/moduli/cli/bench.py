@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,7 @@ class Bench(Common):
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("bench", Bench, argv)
-    from moduli.bench.calls import Shape, ask, label, measure
+    from moduli.bench.calls import Shape, ask, label, measure, typed
     from moduli.bench.figures import floor_plot
     from moduli.bench.records import write_record
     from moduli.bench.targets import met
@@ -111,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     record = measure(
         jobs,
         name=name,
-        command=shlex.join(["moduli", "bench", *argv]),
+        command=typed(argv),
         on_row=lambda row: output.note(f"measured {row.case.label}, {row.settings}"),
     )
     output.data(record.to_dict())
