@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
         "data",
     },
 }
-FREE = {"errors", "version", ""}
+FREE = {"errors", "version", "cache", ""}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """Real models and data by name; tasks with domains and splits without leaks."""
 
-from moduli.data.fetching import cache_dir, fetch, fetchable, resolve_model
+from moduli.cache import cache_dir
+from moduli.data.fetching import fetch, fetchable, resolve_model
 from moduli.data.loading import load_task, task_names
 from moduli.data.packages import Package
 from moduli.data.task import DataOptions, Splits, Task

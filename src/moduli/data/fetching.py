@@ -24,6 +24,7 @@ from moduli.data.catalogue import PACKAGES
 from moduli.data.clients import CLIENTS, hash_message
 from moduli.data.convert import CONVERTERS
 from moduli.data.packages import Package, Source
+from moduli.cache import cache_dir
 from moduli.errors import CheckpointError, ConfigError, FetchError, UnknownNameError, nearest
 from moduli.version import __version__
 
@@ -34,19 +35,6 @@ Event = Callable[[str], None]
 def fetchable() -> dict[str, Package]:
     """Everything that can be fetched, by name."""
     return {package.name: package for package in PACKAGES}
-
-
-def cache_dir() -> Path:
-    """Where fetched things live: env MODULI_CACHE, else `moduli` in the platform's cache folder."""
-    if given := os.environ.get("MODULI_CACHE"):
-        return Path(given).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "moduli"
 
 
 def fetch(

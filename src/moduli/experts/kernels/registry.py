@@ -78,6 +78,7 @@ KERNELS: dict[str, Kernel] = {
     "eager": Kernel("every expert on every token: the reference", eager, _nothing),
     "autograd": Kernel("expert by expert, any activation", autograd, _nothing),
     "loop": Kernel("expert by expert in reused buffers", _operator("loop"), _usual),
+    "native": Kernel("fused steps in C++, compiled on first use", _operator("native"), _native),
     "padded": Kernel("one batched product over padded experts", _operator("padded"), _equal),
     "masked": Kernel("the dense product, other experts' neurons off", masked, _no_after),
 }

@@ -1,0 +1,94 @@
+"""Compiling the C++ kernel once per machine, where there is a compiler.
+
+One file without PyTorch's headers, compiled in seconds into the cache and loaded with ctypes. Its
+OpenMP calls are answered by the runtime that PyTorch has already loaded, so that both share their
+threads and their number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from ctypes import c_int, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+from filelock import FileLock
+
+from moduli.cache import cache_dir
+
+log = logging.getLogger(__name__)
+OFF = "MODULI_NATIVE"
+"""Environment variable; 0 switches the C++ kernel off."""
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno",
+    "-fno-trapping-math",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | str:
+    """The loaded kernel, or why there is none; compiles it at the first call on a machine."""
+    if os.environ.get(OFF, "") == "0":
+        return f"switched off by {OFF}=0"
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        return "there is no C++ compiler"
+    try:
+        found = ctypes.CDLL(str(_built(compiler)))
+        found.moduli_forward.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p)
+        found.moduli_backward.argtypes = (c_void_p, c_void_p, c_int, c_int)
+        return found
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        lines = [line for line in str(detail).splitlines() if line.strip()]
+        return f"{compiler} failed: {lines[0] if lines else type(error).__name__}"
+
+
+def machine() -> str:
+    """What compiled code and measurements depend on: the processor and its instructions."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        lines = text.split("\n\n")[0].splitlines()
+        kept = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+        return "\n".join(kept)
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _built(compiler: str) -> Path:
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, machine())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    directory = cache_dir() / "machine"
+    target = directory / f"experts-{key}.so"
+    if target.is_file():
+        return target
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_file():
+            log.warning("compiling the C++ expert kernel, once on this machine (%s=0: do not)", OFF)
+            partial = target.with_suffix(f".{os.getpid()}.partial")
+            # Without the compiler's own OpenMP runtime: two in one process would keep two pools.
+            objects = partial.with_suffix(".o")
+            steps = [
+                [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(objects)],
+                [compiler, "-shared", str(objects), "-o", str(partial)],
+            ]
+            try:
+                for step in steps:
+                    subprocess.run(step, capture_output=True, text=True, check=True, timeout=600)
+                os.replace(partial, target)
+            finally:
+                objects.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
+    return target
