@@ -34,6 +34,7 @@ class Kept(NamedTuple):
     storage: weakref.ref[torch.UntypedStorage]  # an address may be given out again, this not
     stamp: tuple[Hashable, ...]
     sample: Tensor
+    layout: tuple[tuple[int], tuple[int], int]  # of the sample: size, stride, offset
 
 
 class Derived:
@@ -68,16 +69,17 @@ class Derived:
         stamp = (
             version, source.data_ptr(), source.shape, source.stride(), source.dtype, *settings
         )  # fmt: skip
-        sample, kept = _sample(source), self._kept
+        kept = self._kept
         if (
             kept is not None
             and kept.stamp == stamp
             and kept.storage() is storage
-            and torch.equal(kept.sample, sample)
+            and torch.equal(kept.sample, source.as_strided(*kept.layout))
         ):
             return kept.value
-        value = derive(source)
-        self._kept = Kept(value, weakref.ref(storage), stamp, sample.clone())
+        value, layout = derive(source), _diagonal(source)
+        sample = source.as_strided(*layout).clone()
+        self._kept = Kept(value, weakref.ref(storage), stamp, sample, layout)
         return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
@@ -116,12 +118,10 @@ class DerivedRouter(Router):
         return not (self.training or torch.is_grad_enabled() or (x is not None and x.requires_grad))
 
 
-def _sample(source: Tensor) -> Tensor:
-    """A few numbers along the diagonal of a matrix; a view."""
+def _diagonal(source: Tensor) -> tuple[tuple[int], tuple[int], int]:
+    """Where a few numbers along the diagonal of a matrix lie, from its first to its last rows."""
     rows, columns = source.shape
     count = min(rows, columns, SAMPLES)
-    if count == 0:
-        return source.new_empty(0)
     down, across = source.stride()
-    step = rows // count * down + columns // count * across
-    return source.as_strided((count,), (step,), source.storage_offset())
+    step = rows // max(count, 1) * down + columns // max(count, 1) * across
+    return (count,), (step,), int(source.storage_offset())

@@ -38,7 +38,8 @@ class LinearRouter(Router):
 
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         with full_precision(x.device):
-            return F.linear(x.to(self.gate.weight.dtype), self.gate.weight)
+            weight = self.gate.weight
+            return F.linear(x.to(weight.dtype), weight)
 
 
 class CosineRouter(Router):

@@ -30,7 +30,8 @@ def best(scores: Float[Tensor, "T E"], count: int) -> Int[Tensor, "T {count}"]:
 
     It has no gradient, and is the same in eager mode, compiled and on every device.
     """
-    scores = scores.detach()
+    if scores.requires_grad:
+        scores = scores.detach()
     if scores.dtype.itemsize < 4:
         scores = scores.float()
     if is_plain(scores):
@@ -52,8 +53,7 @@ def _best_in_memory(scores: Tensor, count: int) -> Tensor:
     """The same by numpy."""
     array = scores.numpy()
     if array.size <= FEW or array.dtype != np.float32:
-        order = np.argsort(-array, axis=-1, kind="stable")
-        return torch.from_numpy(np.ascontiguousarray(order[:, :count]))
+        return torch.from_numpy((-array).argsort(axis=-1, kind="stable")[:, :count].copy())
     bits = np.subtract(np.float32(0), array).view(np.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF
     numbers = bits.astype(np.int64)

@@ -111,7 +111,8 @@ class FFN:
 
     def keys(self) -> Float[Tensor, "F D"]:
         """Keys, from the current weights of the first projection; a view where it is stock."""
-        return self._ordered(weight_rows(self.first)[: self.width])
+        matrix = weight_rows(self.first)
+        return self._ordered(matrix[: self.width] if self.family.fused else matrix)
 
     def key_bias(self) -> Float[Tensor, " F"] | None:
         """Bias of the keys, or None."""
