@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +18,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from moduli.cache import cache_dir
 from moduli.data.archives import extract, sha256_of
 from moduli.data.catalogue import PACKAGES
 from moduli.data.clients import CLIENTS, hash_message
 from moduli.data.convert import CONVERTERS
 from moduli.data.packages import Package, Source
-from moduli.cache import cache_dir
 from moduli.errors import CheckpointError, ConfigError, FetchError, UnknownNameError, nearest
 from moduli.version import __version__
 
