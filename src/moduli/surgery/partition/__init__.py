@@ -1,5 +1,6 @@
 """Partitions of the neurons of an FFN into experts, and how good they are."""
 
+from moduli.surgery.partition.balanced import balanced_clusters
 from moduli.surgery.partition.coactivation import Coactivation
 from moduli.surgery.partition.graph import coactivation_labels, rebalance
 from moduli.surgery.partition.importance import (
@@ -12,7 +13,6 @@ from moduli.surgery.partition.importance import (
 )
 from moduli.surgery.partition.named import NamedSplit, named_labels
 from moduli.surgery.partition.observe import Sample, observe, require_data
-from moduli.surgery.partition.pairswap import balanced_clusters
 from moduli.surgery.partition.quality import SplitQuality, explained_variance, split_quality
 from moduli.surgery.partition.sizes import balanced_sizes, contiguous_labels, random_labels
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moduli.errors import ConfigError
 from moduli.surgery.locate import FFN
+from moduli.surgery.partition.balanced import balanced_clusters
 from moduli.surgery.partition.coactivation import Coactivation
 from moduli.surgery.partition.graph import coactivation_labels
 from moduli.surgery.partition.observe import Sample, observe, require_data
-from moduli.surgery.partition.pairswap import balanced_clusters
 from moduli.surgery.partition.sizes import contiguous_labels, random_labels
 
 NamedSplit = Literal["cluster", "contiguous", "random", "coactivation"]
@@ -58,8 +58,8 @@ def named_labels(
             num_experts,
             seed=seed,
             time_limit=time_limit,
-            progress=lambda done, swaps, share: say(
-                f"{ffn.name}: pass {done}, {swaps} swaps, {share:.1%} explained"
+            progress=lambda done, moved, share: say(
+                f"{ffn.name}: pass {done}, {moved} neurons moved, {share:.1%} explained"
             ),
         )
     if split != "coactivation":
