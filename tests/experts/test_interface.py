@@ -293,7 +293,7 @@ def test_a_checkpoint_is_loaded_with_our_kernels_and_does_not_know_of_them(tmp_p
 @pytest.mark.parametrize(
     ("backend", "cases"),
     [
-        ("aot_eager", [MIXTRAL, "deepseek_v3.DeepseekV3Experts"]),
+        ("aot_eager", [MIXTRAL, "gpt_oss.GptOssExperts", "muse_spark.MuseSparkExperts"]),
         ("inductor", [MIXTRAL]),
     ],
 )
