@@ -119,6 +119,13 @@ def test_a_set_and_a_model_are_not_measured_at_once() -> None:
         ask(SHAPE, chosen="quick", model="minilm")
 
 
+def test_a_set_can_be_narrowed() -> None:
+    (job,) = ask(SHAPE, chosen="quick", only="T1 ", settings=("tuned",))
+    assert [case.tokens for case in job.layers] == [1]
+    with pytest.raises(ConfigError, match="no layer has 'T9 '"):
+        ask(SHAPE, chosen="quick", only="T9 ")
+
+
 def test_the_command_of_a_record_does_not_say_where_it_was_written() -> None:
     assert typed(["--quick", "--out", "/home/me", "--json"]) == "moduli bench --quick"
     assert typed(["--out=x", "--tokens", "8"]) == "moduli bench --tokens 8"

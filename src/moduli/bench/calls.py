@@ -57,6 +57,7 @@ def ask(
     shape: Shape,
     *,
     chosen: str | None = None,
+    only: str = "",
     model: str | None = None,
     task: Task = "tune",
     settings: Sequence[Settings] = SETTINGS,
@@ -65,8 +66,18 @@ def ask(
 ) -> list[Job]:
     """The processes for a named set of layers, for a model, or else for layers of a shape.
 
+    Args:
+        shape: layers, where neither a set nor a model is chosen.
+        chosen: name of a set.
+        only: text that the label of a layer has to hold.
+        model: a model, with experts, top_k, dtype and threads of `shape`.
+        task: what the model does.
+        settings: see `moduli.bench.settings`.
+        device: where.
+        rounds: see `moduli.bench.protocol`.
+
     Raises:
-        ConfigError: a set and a model at once, or no rounds.
+        ConfigError: a set and a model at once, no layer that fits `only`, or no rounds.
         UnknownNameError: there is no set of that name.
     """
     if chosen is not None and model is not None:
@@ -74,14 +85,17 @@ def ask(
     if rounds < 1 or not settings:
         raise ConfigError(f"{rounds} rounds under {len(settings)} settings; at least 1 is needed")
     if model is not None:
-        cases = [
+        models = [
             default_case(
                 model, task, experts=shape.experts, top_k=shape.top_k, dtype=shape.dtype, threads=n
             )
             for n in shape.threads
         ]
-        return plan(models=cases, settings=settings, device=device, rounds=rounds)
-    layers = shape.cases() if chosen is None else named(chosen)
+        return plan(models=models, settings=settings, device=device, rounds=rounds)
+    cases = shape.cases() if chosen is None else named(chosen)
+    layers = [case for case in cases if only in case.label]
+    if not layers:
+        raise ConfigError(f"no layer has {only!r} in its name; the first is {cases[0].label!r}")
     return plan(layers, settings=settings, device=device, rounds=rounds)
 
 

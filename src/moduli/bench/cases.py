@@ -172,6 +172,31 @@ def families() -> list[LayerCase]:
     ]  # fmt: skip
 
 
+def accelerator() -> list[LayerCase]:
+    """Small models, where experts can hardly pay on a GPU, up to wide MoE layers, where they do."""
+    shapes = (  # T, D, E, K, width, gated, owned
+        (4096, 384, 16, 4, 96, False, False),
+        (32768, 768, 16, 4, 192, False, False),
+        (32768, 768, 64, 16, 48, False, False),
+        (16384, 1600, 64, 16, 100, False, False),
+        (16384, 1024, 32, 2, 2048, False, True),
+        (8192, 4096, 16, 4, 688, True, False),
+        (8192, 4096, 64, 16, 172, True, False),
+        (32768, 2048, 64, 8, 1024, True, True),
+        (32768, 2048, 128, 8, 768, True, True),
+        (1, 2048, 64, 8, 1024, True, True),
+    )
+    forward = [
+        LayerCase(
+            tokens=t, hidden=d, experts=e, top_k=k, width=width, dtype="bfloat16",
+            gated=gated, owned=owned,
+        )
+        for t, d, e, k, width, gated, owned in shapes
+    ]  # fmt: skip
+    small = [case for case in forward if case.tokens > 1 and case.layer_bytes < 2**28]
+    return [*forward, *(replace(case, mode="train") for case in small)]
+
+
 def acceptance() -> list[LayerCase]:
     """The shapes that have a target (`moduli.bench.targets`)."""
     from moduli.bench.targets import TARGETS
@@ -179,7 +204,13 @@ def acceptance() -> list[LayerCase]:
     return [case for target in TARGETS for case in target.cases]
 
 
-SETS = {"quick": quick, "acceptance": acceptance, "grid": grid, "families": families}
+SETS = {
+    "quick": quick,
+    "acceptance": acceptance,
+    "grid": grid,
+    "families": families,
+    "accelerator": accelerator,
+}
 
 
 def named(name: str) -> list[LayerCase]:

@@ -64,7 +64,7 @@ def measure_layer(
     layers = build(case, device, seed)
     calls: dict[str, Callable[[], object]] = {}
     entries: dict[str, Entry] = {}
-    with scope(settings):
+    with scope(settings, device):
         references = _References(layers)
         for candidate in candidates(case, device) if among is None else among:
             entry = _check(candidate, references)

@@ -79,7 +79,7 @@ def inspect_machine(settings: Settings, device: torch.device, *, quick: bool = F
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     threads = torch.get_num_threads()
     clock = Clock.of(device, threads)
-    with scope(settings):
+    with scope(settings, device):
         rates = measure_rates(device, clock, shrink=16 if quick else 1)
     return Machine(
         processor=processor(device),
@@ -95,7 +95,7 @@ def inspect_machine(settings: Settings, device: torch.device, *, quick: bool = F
             "transformers": metadata.version("transformers"),
         },
         wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"),
-        fp32=_fp32(settings),
+        fp32=_fp32(settings, device),
         allocator=_allocator(),
         settings=settings,
         load=round(load, 2),
@@ -157,7 +157,9 @@ def _allocator() -> str:
     return f"{' '.join(names)}, {'keeps freed memory' if malloc_is_tuned() else 'untouched'}"
 
 
-def _fp32(settings: Settings) -> str:
+def _fp32(settings: Settings, device: torch.device) -> str:
+    if device.type != "cpu":
+        return "as torch has it"
     error, gain = probe()
     how = "fast for all" if settings == "tuned" and fp32_is_safe() else "as torch has it"
     return f"{how}; the fast library is {gain:.2f} times as fast with an error of {error:.1e}"

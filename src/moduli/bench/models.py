@@ -159,7 +159,7 @@ def measure_model(
     ids = ids.to(device)
     entries: dict[str, Entry] = {}
     calls: dict[str, Callable[[], object]] = {}
-    with scope(settings):
+    with scope(settings, device):
         models = {name: _load(case, path).to(device) for name in ("dense", "emoe")}
         method = EMoE(num_experts=case.experts, top_k=case.top_k, layers="all")
         convert(models["emoe"], method)

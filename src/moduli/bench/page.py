@@ -45,10 +45,10 @@ $ moduli bench --model smollm2 --task generate
 
 Columns: *floor*, time over floor; *peer*, times as fast as the best of transformers' backends and
 dense (for experts of their own, of the backends), which *best peer* names; *dense*, time over the
-fastest dense form; *best*, time over our best kernel when forced; *saved*, bytes kept for backward
-beyond weights and tokens over S·e·b (rows, neurons of an expert, bytes of a number; for gated
-experts over twice that); *router*, gate and top-k as a share of the layer. Where there is a
-target, it stands beside the ratio.
+fastest dense form; *best*, time over our best kernel when forced; *peak*, share of the rate of a
+large matrix product; *saved*, bytes kept for backward beyond weights and tokens over S·e·b (rows,
+neurons of an expert, bytes of a number; for gated experts over twice that); *router*, gate and
+top-k as a share of the layer. Where there is a target, it stands beside the ratio.
 """
 
 NOTHING = """
@@ -62,6 +62,7 @@ TITLES = {
     "acceptance": "Shapes with a target",
     "grid": "The automatic choice, over a grid of shapes",
     "families": "Layers of known checkpoints",
+    "accelerator": "Shapes for a GPU",
     "quick": "The quick set",
     "layers": "Other layers",
 }

@@ -129,7 +129,9 @@ class LayerRow:
         return _over(None if peer is None else peer.ms, None if entry is None else entry.ms)
 
     def to_dense(self, entry: Entry | None) -> float | None:
-        """Time over that of the fastest dense form."""
+        """Time over that of the fastest dense form of the same function."""
+        if self.case.owned:
+            return None
         dense = self.best_dense
         return _over(None if entry is None else entry.ms, None if dense is None else dense.ms)
 

@@ -28,9 +28,10 @@ def short(case: LayerCase) -> str:
     mode = "fwd" if case.mode == "forward" else "train"
     words = [f"{case.tokens} {case.hidden} {case.experts}/{case.top_k}", kind, mode]
     words += ["gated"] if case.gated else []
+    words += ["owned"] if case.owned and not case.title else []
     words += ["skewed"] if case.spread == "skewed" else []
     words += [f"x{case.threads}"] if case.threads > 1 else []
-    return " ".join([*words, case.title] if case.title else words)
+    return " ".join([case.title, *words] if case.title else words)
 
 
 def summary(rows: Sequence[LayerRow], *, wide: bool = False) -> tuple[Cells, list[Cells]]:
@@ -58,13 +59,14 @@ def summary(rows: Sequence[LayerRow], *, wide: bool = False) -> tuple[Cells, lis
             "best peer": MISSING if peer is None else peer.name.removeprefix("transformers "),
             "dense": number(row.to_dense(auto)),
             "best": number(row.regret),
+            "peak": percent(row.of_peak(auto)),
             "saved": number(row.saved(auto)),
             "router": percent(row.router_share),
             "met": MISSING if not found else "no" if missed else "yes",
             "missed": ", ".join(missed) or MISSING,
         }
         if not wide:
-            del line["ms"], line["best peer"], line["missed"]
+            del line["ms"], line["best peer"], line["peak"], line["missed"]
         lines.append(line)
     used = [title for title in lines[0] if any(line[title] != MISSING for line in lines)]
     return tuple(used), [tuple(line[title] for title in used) for line in lines]
@@ -121,7 +123,7 @@ def model_table(rows: Sequence[ModelRow]) -> tuple[Cells, list[Cells]]:
             row.settings,
             _rate(row.per_second("dense")),
             _rate(row.per_second("emoe")),
-            number(row.speedup),
+            number(row.speedup) + ("~" if any(e.thin for e in row.entries) else ""),
         )
         for row in rows
     ]

@@ -23,6 +23,7 @@ class Bench(Common):
 
     examples:
       moduli bench --quick
+      moduli bench --set grid --only "T256 D384" --settings tuned
       moduli bench --set acceptance --out benchmarks/results
       moduli bench --tokens 4096 --hidden 768 --experts 64 --top-k 8 --mode train --details
       moduli bench --model minilm --task tune
@@ -31,9 +32,11 @@ class Bench(Common):
 
     quick: bool = False
     """The set of three shapes that takes less than a minute; the same as --set quick."""
-    set: Literal["quick", "acceptance", "grid", "families"] | None = None
+    set: Literal["quick", "acceptance", "grid", "families", "accelerator"] | None = None
     """A named set of layers: "acceptance" has targets, "grid" judges the automatic choice,
-    "families" has the layers of known MoE checkpoints."""
+    "families" has the layers of known MoE checkpoints, "accelerator" is for GPUs."""
+    only: str = ""
+    """With --set: only layers that have this in their name, such as "T256 " or "bfloat16 train"."""
     tokens: tuple[int, ...] = (4096,)
     """One layer: tokens, or several numbers of them."""
     hidden: int = 384
@@ -100,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
     jobs = ask(
         shape,
         chosen=chosen,
+        only=args.only,
         model=args.model,
         task=args.task,
         settings=settings,
