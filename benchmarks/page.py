@@ -1,6 +1,6 @@
-"""Writes docs/performance.md and its figures from the records in benchmarks/results.
+"""Writes docs/performance.md and its figures from the records in benchmarks/results/bench.
 
-moduli bench --set acceptance --out benchmarks/results
+moduli bench --set acceptance --out benchmarks/results/bench
 python benchmarks/page.py
 """
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    records = [read_record(path) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+    records = [read_record(path) for path in sorted((ROOT / "benchmarks/results/bench").glob("*.json"))]
     docs = ROOT / "docs"
     (docs / "performance.md").write_text(render_page(records), encoding="utf-8")
     for name, svg in render_figures(records).items():

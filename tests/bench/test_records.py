@@ -145,7 +145,7 @@ def test_tables_and_page_show_every_row(record: Record) -> None:
 
 
 def test_the_page_of_the_documentation_is_made_from_the_records() -> None:
-    paths = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    paths = sorted((ROOT / "benchmarks/results/bench").glob("*.json"))
     records = [read_record(path) for path in paths]
     assert (ROOT / "docs/performance.md").read_text(encoding="utf-8") == render_page(records)
     for name in render_figures(records):

@@ -10,7 +10,7 @@ from moduli.bench.targets import met
 from moduli.bench.wording import Cells, compiled, machine_line, model_table, summary
 
 INTRODUCTION = """\
-<!-- Made by benchmarks/page.py from the records in benchmarks/results. -->
+<!-- Made by benchmarks/page.py from the records in benchmarks/results/bench. -->
 
 # Performance
 
@@ -54,7 +54,7 @@ top-k as a share of the layer. Where there is a target, it stands beside the rat
 NOTHING = """
 ## Results
 
-There is no record in this checkout. `moduli bench --set acceptance --out benchmarks/results` makes
+There is no record in this checkout. `moduli bench --set acceptance --out benchmarks/results/bench` makes
 one, and `python benchmarks/page.py` this page.
 """
 

@@ -24,7 +24,7 @@ class Bench(Common):
     examples:
       moduli bench --quick
       moduli bench --set grid --only "T256 D384" --settings tuned
-      moduli bench --set acceptance --out benchmarks/results
+      moduli bench --set acceptance --out runs/bench
       moduli bench --tokens 4096 --hidden 768 --experts 64 --top-k 8 --mode train --details
       moduli bench --model minilm --task tune
       moduli bench --model smollm2 --task generate --threads 1 2
