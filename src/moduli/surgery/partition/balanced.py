@@ -35,8 +35,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[int, int, float], None]
 """Called with (passes done in all, neurons moved in the last, share of the total explained)."""
 
+SMALL = 1024  # neurons: below, starts cost next to nothing
 LARGE = 4096  # neurons: from there on one start, and no polish: F^2 D would take all the time
-MANY = 32  # experts: from there on two starts are as good as four, their results are so alike
+CERTAIN = 32  # experts: one start is enough from there on, the results of several are so alike
 
 
 def balanced_clusters(
@@ -60,8 +61,8 @@ def balanced_clusters(
         keys: one row per neuron; scaled to unit length here.
         num_experts: E.
         seed: of the shuffled start.
-        starts: searches from seeds seed, seed + 1, ...; the best is kept. None: 4, or 2 for more
-            than 32 experts, or 1 for more than 4096 neurons.
+        starts: searches from seeds seed, seed + 1, ...; the best is kept. None: 4 for less than
+            1024 neurons, 1 for more than 4096, and between 32 / E rounded up, 4 at most.
         polish: swap pairs of neurons in the best of them until no swap helps. None: up to 4096
             neurons.
         max_passes: over all neurons, per start and in the polish.
@@ -97,7 +98,7 @@ def balanced_clusters(
                 break
 
     if starts is None:
-        starts = 1 if width > LARGE else 2 if num_experts > MANY else 4
+        starts = 4 if width < SMALL else 1 if width > LARGE else min(4, -(-CERTAIN // num_experts))
     best: tuple[float, Array] | None = None
     for start in range(1 if initial is not None else starts):
         labels = _start(width, num_experts, seed + start, initial)

@@ -78,10 +78,16 @@ def _partners(
     of_all = np.ascontiguousarray(alone.T)
     inverse = inverse.astype(u.dtype)
     found: list[tuple[float, int, int]] = []
-    for first in range(0, len(u), BLOCK):
+    # Most rows cannot gain, even from the most willing row of each cluster with the least dot
+    # product that there is.
+    willing = np.stack([alone[labels == b].max(0) for b in range(len(inverse))])  # b -> a
+    hope = (alone + willing.T[labels]).max(1)
+    least = float(-np.einsum("fd,fd->f", u, u).max()) if gram is None else gram.min(1)
+    able = np.flatnonzero(hope - 4.0 * inverse.max() * least > HELPS * inverse.min())
+    for first in range(0, len(able), BLOCK):
         if deadline is not None and time.monotonic() > deadline:
             break
-        rows = slice(first, first + BLOCK)
+        rows = able[first : first + BLOCK]
         dots = u[rows] @ u.T if gram is None else gram[rows]
         gain = (inverse[labels[rows], None] + inverse[labels]) * dots  # [B, F]
         gain *= -2.0
@@ -90,5 +96,5 @@ def _partners(
         partner = gain.argmax(1)
         best = gain[np.arange(len(partner)), partner]
         for i in np.flatnonzero(best > HELPS * inverse.min()).tolist():
-            found.append((-float(best[i]), first + i, int(partner[i])))
+            found.append((-float(best[i]), int(rows[i]), int(partner[i])))
     return [(p, q) for _, p, q in sorted(found)]
