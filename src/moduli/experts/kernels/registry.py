@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moduli.experts.ffn import StackedFFN
-from moduli.experts.kernels import native, ops
+from moduli.experts.kernels import grouped, native, ops
 from moduli.experts.kernels.activations import known
 from moduli.experts.kernels.autograd import autograd
 from moduli.experts.kernels.eager import Between, eager
@@ -74,6 +74,10 @@ def _native(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
     return _usual(x, experts, between) or native.refuses(x, experts)
 
 
+def _grouped(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
+    return grouped.refuses(x, experts)
+
+
 KERNELS: dict[str, Kernel] = {
     "eager": Kernel("every expert on every token: the reference", eager, _nothing),
     "autograd": Kernel("expert by expert, any activation", autograd, _nothing),
@@ -81,4 +85,5 @@ KERNELS: dict[str, Kernel] = {
     "native": Kernel("fused steps in C++, compiled on first use", _operator("native"), _native),
     "padded": Kernel("one batched product over padded experts", _operator("padded"), _equal),
     "masked": Kernel("the dense product, other experts' neurons off", masked, _no_after),
+    "grouped": Kernel("torch's grouped products, no waiting", grouped.grouped, _grouped),
 }
