@@ -2,8 +2,9 @@
 
     python benchmarks/routers.py [--rounds N] [--out DIRECTORY]
 
-Forward in float32 on one thread, by the protocol of `moduli.bench.protocol`, every candidate with
-the same settings (fast float32 products where the probe allows them). For each shape:
+Forward in float32 on one thread, by the protocol of `moduli.bench.protocol`. Routers run as they
+are; the dense layer, at its best (with fast float32 products where the probe allows them). For
+each shape:
 
     choice   top-k alone: `torch.topk`, and ours
     learned  a linear gate with softmax: as transformers' Mixtral and OLMoE write it, and ours
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,7 @@ from moduli.bench.machine import processor
 from moduli.bench.protocol import Clock, measure
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels import run_experts
-from moduli.experts.kernels.precision import fast_fp32
+from moduli.experts.kernels.precision import fast_fp32, fp32_is_safe
 from moduli.routing import AvgKRouter, LinearRouter, RouteContext, Rule, gate_from_keys
 from moduli.routing.topk import best
 
@@ -96,15 +98,20 @@ def candidates(
         if not torch.equal(a.sort().values, b.sort().values):
             raise SystemExit(f"{own} does not choose what {theirs} chooses")
         torch.testing.assert_close(weights, own_weights, rtol=1e-4, atol=1e-6)
+
+    def dense() -> Tensor:
+        with fast_fp32():
+            return F.gelu(x @ first.T) @ second
+
     return chosen | {
-        "dense": lambda: F.gelu(x @ first.T) @ second,
+        "dense": dense,
         "experts": lambda: run_experts(x, routing, stacked, F.gelu),
     }
 
 
 def row(shape: tuple[int, int, int, int], rounds: int, rng: random.Random) -> dict[str, Any]:
     """The medians of one shape in milliseconds."""
-    with torch.no_grad(), fast_fp32():
+    with torch.no_grad():
         found = measure(candidates(*shape), Clock.of(CPU, 1), rounds=rounds, rng=rng)
     names = ("tokens", "hidden", "experts", "top_k")
     return {
@@ -141,7 +148,13 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": processor(CPU), "torch": torch.__version__, "threads": 1}
+        machine = {
+            "processor": processor(CPU),
+            "torch": torch.__version__,
+            "threads": 1,
+            "fast_fp32": fp32_is_safe(),
+            "load": os.getloadavg()[0],
+        }
         record = {"command": "python benchmarks/routers.py", "machine": machine, "rows": rows}
         (options.out / "routers.json").write_text(json.dumps(record, indent=1) + "\n")
 

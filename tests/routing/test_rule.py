@@ -149,3 +149,29 @@ def test_wrong_shapes_are_found_under_test() -> None:
         Wrong(E, Rule(top_k=2))(torch.randn(T, E), EVAL)
     with pytest.raises(TypeCheckError):
         route(torch.randn(T, E).long(), Rule(top_k=2), EVAL)
+
+
+@pytest.mark.parametrize("top_k", [2, 5, 20])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_softmax_over_the_chosen_is_the_renormalised_probability(tokens: int, top_k: int) -> None:
+    s = torch.randn(tokens, 24, dtype=torch.float64, requires_grad=True)
+    routing = route(s, Rule(top_k, combine="softmax"), EVAL)
+    chosen = s.softmax(-1).gather(1, routing.experts)
+    expected = chosen / chosen.sum(-1, keepdim=True)
+    torch.testing.assert_close(routing.weights, expected)
+    assert routing.weights.is_contiguous()
+    push = torch.randn(tokens, top_k, dtype=torch.float64)
+    found, wanted = (
+        torch.autograd.grad((push * w).sum(), s)[0] for w in (routing.weights, expected)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("combine", ["softmax", "probability", "straight_through"])
+def test_low_precision_scores_have_float32_weights(combine: str) -> None:
+    s = scores().bfloat16()
+    rule = Rule(top_k=3, combine=combine)  # type: ignore[arg-type]
+    low, full = route(s, rule, EVAL), route(s.float(), rule, EVAL)
+    assert low.weights.dtype == torch.float32
+    assert torch.equal(low.weights, full.weights)
+    assert torch.equal(low.experts, full.experts)

@@ -21,6 +21,8 @@ from moduli.routing.topk import best
 Choose = Literal["top", "bottom", "not_top"]
 Combine = Literal["one", "softmax", "probability", "straight_through"]
 
+VECTOR = 16  # float32 numbers that a wide CPU computes at once
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -112,7 +114,17 @@ def softmax_over_chosen(
     scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"]
 ) -> Float[Tensor, "T K"]:
     """Probabilities of the chosen experts, renormalised, in at least float32."""
-    return scores.gather(1, experts).softmax(dim=-1, dtype=_at_least_float32(scores))
+    return _softmax(scores.gather(1, experts))
+
+
+def _softmax(scores: Float[Tensor, "T N"]) -> Float[Tensor, "T N"]:
+    """Over every row, in at least float32."""
+    dtype = _at_least_float32(scores)
+    tokens, length = scores.shape
+    if scores.device.type == "cpu" and length < VECTOR and tokens > 1:
+        # Rows shorter than a vector are done number by number; columns of tokens are not.
+        return scores.T.softmax(dim=0, dtype=dtype).T.contiguous()
+    return scores.softmax(dim=-1, dtype=dtype)
 
 
 def _at_least_float32(scores: Tensor) -> torch.dtype:
@@ -122,17 +134,16 @@ def _at_least_float32(scores: Tensor) -> torch.dtype:
 def _weights(
     scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"], rule: Rule
 ) -> Float[Tensor, "T K"]:
-    dtype = _at_least_float32(scores)
     if rule.combine == "straight_through":
         # Value 1, gradient d log p: the layer starts at the dense function at k = E. From the
         # logarithm, since a probability may be too small for a number.
-        log_probs = scores.log_softmax(dim=-1, dtype=dtype).gather(1, experts)
+        log_probs = scores.log_softmax(dim=-1, dtype=_at_least_float32(scores)).gather(1, experts)
         return 1 + (log_probs - log_probs.detach())
     single = experts.shape[1] == 1
     if rule.combine == "softmax" and rule.choose == "top" and not single:
         return softmax_over_chosen(scores, experts)
-    probs = scores.softmax(dim=-1, dtype=dtype).gather(1, experts)
+    probs = _softmax(scores).gather(1, experts)
     if single or rule.combine == "probability":
         return probs
     # Tutel's guard acts where experts far below the best are chosen: their weights stay small.
-    return probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
+    return probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(probs.dtype).eps)
