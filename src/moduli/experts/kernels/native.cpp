@@ -128,9 +128,9 @@ template <int ACT> INLINE vf activate(vf x, vf* d) {
     if (d) *d = s + a * x * s * (1.f - s);
     return x * s;
   } else {
-    vf r = vmax(x, vf{});
+    vf r = pick(x < 0.f, vf{}, x);  // NaN stays NaN
     if (ACT == RELU) {
-      if (d) *d = pick(x > 0.f, splat(1.f), vf{});
+      if (d) *d = pick(x <= 0.f, vf{}, splat(1.f));
       return r;
     }
     if (d) *d = 2.f * r;
@@ -142,20 +142,16 @@ template <int ACT> INLINE vf activate(vf x, vf* d) {
 
 // How columns are cut into panels of up to MAXV vectors, as evenly as possible.
 struct Panels {
-  int n, count, vectors[256];
-  int start[257];
+  int n, count, each, more;  // vectors of every panel, and panels that have one more
   explicit Panels(int n) : n(n) {
-    int total = (n + VL - 1) / VL;
-    count = min((total + MAXV - 1) / MAXV, 256);
-    int at = 0;
-    for (int i = 0; i < count; i++) {
-      start[i] = at * VL;
-      vectors[i] = (total - at + count - i - 1) / (count - i);
-      at += vectors[i];
-    }
-    start[count] = at * VL;
+    const int total = (n + VL - 1) / VL;
+    count = (total + MAXV - 1) / MAXV;
+    each = count ? total / count : 0;
+    more = count ? total % count : 0;
   }
-  int padded() const { return start[count]; }
+  int start(int panel) const { return (panel * each + min(panel, more)) * VL; }
+  int vectors(int panel) const { return each + (panel < more); }
+  int padded() const { return start(count); }
 };
 
 template <class T> constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
@@ -169,7 +165,7 @@ static void pack(const T* src, int64_t rs, int64_t cs, int k, const Panels& to, 
   constexpr int P = PAIR<T>;
   const int kp = (k + P - 1) / P;
   for (int panel = 0; panel < to.count; panel++) {
-    const int j0 = to.start[panel], w = to.vectors[panel] * VL, n = min(w, to.n - j0);
+    const int j0 = to.start(panel), w = to.vectors(panel) * VL, n = min(w, to.n - j0);
     T* d = dst + int64_t(kp) * P * j0;
     int p0 = 0;
 #if defined(__AVX512F__)
@@ -283,9 +279,9 @@ static void each_panel(const T* const* a, int rows, const T* packed, int k, cons
                        const Make& make) {
   const int64_t kp = int64_t((k + PAIR<T> - 1) / PAIR<T>) * PAIR<T>;
   for (int panel = 0; panel < to.count; panel++) {
-    const int j0 = to.start[panel], n = to.n - j0;
+    const int j0 = to.start(panel), n = to.n - j0;
     const T* b = packed + kp * j0;
-    switch (to.vectors[panel]) {
+    switch (to.vectors(panel)) {
       case 1: panel_rows<1>(a, rows, b, k, make(j0, n, std::integral_constant<int, 1>())); break;
       case 2: panel_rows<2>(a, rows, b, k, make(j0, n, std::integral_constant<int, 2>())); break;
       case 3: if constexpr (MAXV > 2) panel_rows<3>(a, rows, b, k, make(j0, n, std::integral_constant<int, 3>())); break;
@@ -341,7 +337,7 @@ template <class T> T* scratch(int which, int64_t size) {
   if (b.size() < bytes) { b.clear(); b.shrink_to_fit(); b.resize(bytes); }
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(b.data()) + 63) & ~uintptr_t(63));
 }
-enum Scratch { PACK, PLAN, ROWS_Z, ROWS_H, ROWS_Y, KEPT_DZ, KEPT_H, PARTIAL, POINTERS, COLUMNS };
+enum Scratch { PACK, PLAN, ROWS_Z, ROWS_H, ROWS_Y, KEPT_DZ, KEPT_H, PARTIAL, POINTERS, COLUMNS, BIAS };
 
 struct Expert {
   int size, rows;                // e, R
@@ -615,13 +611,12 @@ template <class T> static void forward_many(const Layer& l, ActivateRows<T> act,
           const T** xs = rows_of((const T*)l.x, D, plan.token + s, n);
           for (int side = 0; side < sides; side++) {
             const Half<T> w = half<T>(l, e, side);
-            float bias[MAXV * VL * 256 / 16];
-            const bool has = w.bias && own.padded() <= int(sizeof bias / 4);
-            if (has) for (int j = 0; j < own.padded(); j++) bias[j] = j < e.size ? wide(w.bias[j * w.bias_step]) : 0.f;
+            float* bias = w.bias ? scratch<float>(BIAS, own.padded()) : nullptr;
+            if (bias) for (int j = 0; j < own.padded(); j++) bias[j] = j < e.size ? wide(w.bias[j * w.bias_step]) : 0.f;
             each_panel(xs, n, pack_first + side * packed_size<T>(D, own.padded()), D, own,
                        [&](int j0, int left, auto nv) {
               T* to = z + side * e.size + j0;
-              const float* b = has ? bias + j0 : nullptr;
+              const float* b = bias ? bias + j0 : nullptr;
               const int64_t ld = e.rows;
               return [=](int row, const vf* acc) __attribute__((always_inline)) {
                 for (int v = 0; v < nv; v++) {
@@ -823,8 +818,8 @@ static void weight_gradient(const Plan& plan, const Expert& e, const T* kept, in
       a = pairs; lda = 2 * e.size; k = (n + 1) / 2;
     }
     for (int panel = 0; panel < columns.count; panel++) {
-      const int d = columns.start[panel];
-      switch (columns.vectors[panel]) {
+      const int d = columns.start(panel);
+      switch (columns.vectors(panel)) {
         case 1: outer_panel<1>(a, lda, e.size, b, d, k, sum + d, ld); break;
         case 2: outer_panel<2>(a, lda, e.size, b, d, k, sum + d, ld); break;
         case 3: if constexpr (MAXV > 2) outer_panel<3>(a, lda, e.size, b, d, k, sum + d, ld); break;
