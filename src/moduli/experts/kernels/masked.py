@@ -34,7 +34,9 @@ def masked(
         sizes = torch.tensor(experts.sizes, device=x.device)
         width = sum(experts.sizes)
         each = gates.repeat_interleave(sizes, dim=1, output_size=width)
-        hidden = activate(z, experts, between) * each
+        # Gate and up rows may stand one after the other within every expert.
+        own = [2 * e for e in experts.sizes] if experts.fused else [z.shape[1]]
+        hidden = torch.cat([activate(part, experts, between) for part in z.split(own, 1)], 1) * each
     y = hidden.flatten(1) @ experts.second.flatten(0, -2)
     return y if experts.out_bias is None else y + gates @ experts.out_bias.to(gates.dtype)
 
