@@ -14,9 +14,9 @@ from torch import Tensor
 
 from moduli.errors import ConfigError, UnknownNameError, nearest
 from moduli.experts.ffn import ExpertFFN, StackedFFN, stack
-from moduli.experts.kernels.choice import choose
+from moduli.experts.kernels.choice import AT_RUN_TIME, choose
 from moduli.experts.kernels.eager import Between
-from moduli.experts.kernels.registry import KERNELS, Kernel
+from moduli.experts.kernels.registry import KERNELS, Kernel, run_operator
 from moduli.routing import Routing
 
 __all__ = ["KERNELS", "Between", "Kernel", "choose", "run_experts"]
@@ -55,6 +55,8 @@ def run_experts(
     x, experts = _autocast(x, experts)
     between = Between(activation, gating, after)
     name = choose(x, routing, experts, between) if kernel == "auto" else kernel
+    if name == AT_RUN_TIME:
+        return run_operator(x, routing, experts, between, name)
     if name not in KERNELS:
         raise UnknownNameError(f"there is no kernel {kernel!r}. {nearest(kernel, KERNELS)}")
     entry = KERNELS[name]

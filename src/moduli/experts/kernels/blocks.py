@@ -44,6 +44,8 @@ def blocks(experts: StackedFFN) -> list[Blocks]:
     return _cut(tensors, experts)
 
 
+SPARE_ROWS = 32
+
 NAMES = ("first", "first_bias", "up", "up_bias", "second")
 
 
@@ -73,6 +75,11 @@ def gate_and_up(pre: Tensor, experts: StackedFFN) -> tuple[Tensor, Tensor | None
 def rows_of(experts: StackedFFN) -> list[int]:
     """R of every expert."""
     return [2 * e if experts.gated else e for e in experts.sizes]
+
+
+def saved_size(tokens: int, top_k: int, experts: StackedFFN) -> int:
+    """Numbers that any operator may keep for backward: R per slot, and rows to spare."""
+    return (tokens * top_k + SPARE_ROWS) * max(rows_of(experts))
 
 
 def _cut(tensors: Sequence[Tensor | None], experts: StackedFFN) -> list[Blocks]:

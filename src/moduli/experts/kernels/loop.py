@@ -139,11 +139,6 @@ def backward(
     return [dx_all, dweights if wanted[1] else None, *grads.whole, dout]
 
 
-def saved_size(tokens: int, top_k: int, experts: StackedFFN) -> int:
-    """Numbers to keep for backward: at most R per slot, and rows to spare."""
-    return (tokens * top_k + ROWS) * max(rows_of(experts))
-
-
 def _padded(count: int) -> int:
     return -(-count // ROWS) * ROWS
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels.activations import KNOWN, Known
-from moduli.experts.kernels.blocks import gradients, rows_of
+from moduli.experts.kernels.blocks import gradients
 from moduli.experts.kernels.build import library
 from moduli.experts.kernels.combine import expert_gates
 from moduli.routing import Routing
@@ -125,11 +125,6 @@ def backward(
     if dweights is not None:
         dweights = dweights.to(routing.weights.dtype)
     return [dx, dweights, *grads.whole, dout]
-
-
-def saved_size(tokens: int, top_k: int, experts: StackedFFN) -> int:
-    """Numbers to keep for backward: at most R per slot, and a vector to spare."""
-    return tokens * top_k * max(rows_of(experts)) + 16
 
 
 def _call(name: str, *args: Any) -> None:

@@ -8,7 +8,6 @@ A backend is a module with
 
     forward(x, routing, experts, act, z) -> y
     backward(dy, x, routing, experts, act, z, wanted) -> gradients, None where not wanted
-    saved_size(tokens, top_k, experts) -> numbers that `z` must hold
 
 where forward leaves in `z` what backward needs; z is None where nobody will ask for gradients.
 
@@ -28,6 +27,7 @@ from moduli.errors import UnsupportedError
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels import loop, native, padded
 from moduli.experts.kernels.activations import KNOWN, Known
+from moduli.experts.kernels.blocks import saved_size
 from moduli.experts.kernels.precision import fast_fp32
 from moduli.routing import Routing
 
@@ -49,17 +49,30 @@ torch.library.define(
 
 def run(x: Tensor, routing: Routing, experts: StackedFFN, act: Known, kernel: str) -> Tensor:
     """One of `BACKENDS`, through the operator wherever somebody has to see it."""
-    tensors = (
+    save = wants_gradient(x, routing, experts)
+    if not save and _nobody_watches(x):
+        with fast_fp32():
+            y: Tensor = _backend(kernel, x, routing, experts, False).forward(
+                x, routing, experts, act, None
+            )
+        return y
+    tensors = _operands(x, routing, experts)
+    y, _ = torch.ops.moduli.experts(*tensors, experts.sizes, experts.fused, act.name, kernel, save)
+    return y
+
+
+def wants_gradient(x: Tensor, routing: Routing, experts: StackedFFN) -> bool:
+    """Whether anybody may ask for a gradient of the output."""
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in _operands(x, routing, experts)
+    )
+
+
+def _operands(x: Tensor, routing: Routing, experts: StackedFFN) -> tuple[Tensor | None, ...]:
+    return (
         x, routing.experts, routing.weights, routing.active, experts.first, experts.first_bias,
         experts.up, experts.up_bias, experts.second, experts.out_bias,
     )  # fmt: skip
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not save and _nobody_watches(x):
-        with fast_fp32():
-            y: Tensor = BACKENDS[kernel].forward(x, routing, experts, act, None)
-        return y
-    y, _ = torch.ops.moduli.experts(*tensors, experts.sizes, experts.fused, act.name, kernel, save)
-    return y
 
 
 def _nobody_watches(x: Tensor) -> bool:
@@ -86,33 +99,44 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     tensors, (sizes, fused, activation, kernel, save) = args[:10], args[10:]
     routing, experts = _unpack(tensors, sizes, fused)
     x = tensors[0]
-    z = x.new_empty(_saved_size(x, routing, experts, kernel)) if save else None
+    z = x.new_empty(_kept(x, routing, experts)) if save else None
+    backend = _backend(kernel, x, routing, experts, save)
     with fast_fp32():
-        y = BACKENDS[kernel].forward(x, routing, experts, KNOWN[activation], z)
+        y = backend.forward(x, routing, experts, KNOWN[activation], z)
     return y, x.new_empty(0) if z is None else z
 
 
 @torch.library.register_fake("moduli::experts")  # type: ignore[untyped-decorator]
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    tensors, (sizes, fused, _, kernel, save) = args[:10], args[10:]
+    tensors, (sizes, fused, _, _, save) = args[:10], args[10:]
     routing, experts = _unpack(tensors, sizes, fused)
     x = tensors[0]
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
-        _saved_size(x, routing, experts, kernel) if save else 0
+        _kept(x, routing, experts) if save else 0
     )
 
 
-def _saved_size(x: Tensor, routing: Routing, experts: StackedFFN, kernel: str) -> int:
-    size: int = BACKENDS[kernel].saved_size(x.shape[0], routing.experts.shape[1], experts)
-    return size
+def _kept(x: Tensor, routing: Routing, experts: StackedFFN) -> int:
+    return saved_size(x.shape[0], routing.experts.shape[1], experts)
+
+
+def _backend(kernel: str, x: Tensor, routing: Routing, experts: StackedFFN, save: bool) -> Any:
+    """The module of a kernel; "auto" of a compiled graph is decided here, from real operands, and
+    in backward as in forward."""
+    if kernel == "auto":
+        from moduli.experts.kernels.choice import fastest  # which measures what is in this file
+
+        kernel = fastest(x, routing, experts, save, tuple(BACKENDS))
+    return BACKENDS[kernel]
 
 
 @torch.library.impl("moduli::experts_backward", "CompositeExplicitAutograd")
 def _backward(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
     tensors, (sizes, fused, activation, kernel, wanted) = args[:10], args[10:]
     routing, experts = _unpack(tensors, sizes, fused)
+    backend = _backend(kernel, tensors[0], routing, experts, True)
     with fast_fp32():
-        found = BACKENDS[kernel].backward(
+        found = backend.backward(
             dy.contiguous(), tensors[0], routing, experts, KNOWN[activation], z, wanted
         )
     return [gradient for gradient in found if gradient is not None]

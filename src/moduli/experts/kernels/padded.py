@@ -1,7 +1,8 @@
 """All experts in one batched product, each padded to the busiest one's number of rows.
 
 A few large calls instead of several per expert: for few tokens and many narrow experts of about
-equal load. Its cost follows the busiest expert, so a skewed router makes it slow.
+equal load. Its cost follows the busiest expert, so a skewed router is sent
+to `loop`, which keeps the same numbers for backward.
 
 Letters: T tokens, D width, E experts, e neurons of one expert, R rows of its first matrices, K
 experts per token, n rows of the busiest expert (padded), S active slots.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moduli.experts.ffn import StackedFFN
+from moduli.experts.kernels import loop
 from moduli.experts.kernels.activations import Known
 from moduli.experts.kernels.blocks import gate_and_up, gradients, rows_of
 from moduli.experts.kernels.combine import combine, expert_gates
@@ -23,6 +25,7 @@ from moduli.experts.kernels.workspace import take
 from moduli.routing import Routing
 
 ROWS = 16
+MAX_PADDING = 1.5  # rows computed over rows used
 
 
 def forward(
@@ -30,6 +33,8 @@ def forward(
 ) -> Tensor:
     """The output [T, D]; pre-activations [S, R] go to `z`, expert after expert."""
     todo = plan(routing.experts, routing.active, len(experts))
+    if _skewed(todo):
+        return loop.forward(x, routing, experts, act, z)
     n, rows = _grid(todo)
     count = len(experts)
     xs = _gather(x, todo, rows, n, "x")
@@ -59,6 +64,8 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x, weights, first, first_bias, up, up_bias, second, out_bias, where wanted."""
     todo = plan(routing.experts, routing.active, len(experts))
+    if _skewed(todo):
+        return loop.backward(dy, x, routing, experts, act, z, wanted)
     n, rows = _grid(todo)
     count, e = len(experts), experts.sizes[0]
     grads = gradients(experts, wanted[2:7])
@@ -108,9 +115,11 @@ def backward(
     return [dx_all, dweights, *grads.whole, dout]
 
 
-def saved_size(tokens: int, top_k: int, experts: StackedFFN) -> int:
-    """Numbers to keep for backward: at most R per slot."""
-    return tokens * top_k * max(rows_of(experts))
+def _skewed(todo: Plan) -> bool:
+    """Whether so many rows would be padding that the loop over experts is the better way."""
+    return max(todo.counts) * len(todo.counts) > MAX_PADDING * max(
+        len(todo.slots), ROWS * len(todo.counts)
+    )
 
 
 def _grid(todo: Plan) -> tuple[int, Tensor]:

@@ -15,6 +15,8 @@ from functools import lru_cache
 
 import torch
 
+from moduli.experts.kernels.calibration import measured_once
+
 MAX_ERROR = 1e-5  # of a product over 1024 terms, relative to float64
 MIN_GAIN = 1.2
 
@@ -40,11 +42,13 @@ def fast_fp32(on: bool | None = None) -> Iterator[None]:
 @lru_cache(maxsize=1)
 def fp32_is_safe() -> bool:
     """Whether the fast library is as accurate as float32 should be here, and faster."""
-    error, gain = probe()
-    return error < MAX_ERROR and gain > MIN_GAIN
+    found = measured_once(
+        f"fast float32, {torch.get_num_threads()} threads", ("error and gain",), lambda _: probe()
+    )
+    error, gain = found["error and gain"]
+    return bool(error < MAX_ERROR and gain > MIN_GAIN)
 
 
-@lru_cache(maxsize=1)
 def probe() -> tuple[float, float]:
     """Relative error of the fast library over 1024 terms, and its speed relative to the other."""
     generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -31,21 +32,25 @@ class Kernel:
     refuses: Callable[[Tensor, StackedFFN, Between], str | None]
 
 
-def _operator(name: str) -> Callable[[Tensor, Routing, StackedFFN, Between], Tensor]:
-    def run(x: Tensor, routing: Routing, experts: StackedFFN, between: Between) -> Tensor:
-        act = known(between.activation)
-        assert act is not None
-        return ops.run(x, routing, experts, act, name)
+def run_operator(
+    x: Tensor, routing: Routing, experts: StackedFFN, between: Between, name: str
+) -> Tensor:
+    """A kernel that differentiates by itself; "auto" chooses at run time."""
+    act = known(between.activation)
+    assert act is not None
+    return ops.run(x, routing, experts, act, name)
 
-    return run
+
+def _operator(name: str) -> Callable[[Tensor, Routing, StackedFFN, Between], Tensor]:
+    return partial(run_operator, name=name)
 
 
 def _nothing(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
     return None
 
 
-def _usual(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
-    """What kernels need that differentiate by themselves."""
+def unusual(between: Between) -> str | None:
+    """What keeps kernels out that differentiate by themselves; None if nothing does."""
     if between.gating is not None:
         return "its experts have a gating rule of their own"
     if between.after is not None:
@@ -56,10 +61,14 @@ def _usual(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
     return None
 
 
+def _usual(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
+    return unusual(between)
+
+
 def _equal(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
     if len(set(experts.sizes)) > 1:
         return "its experts differ in size"
-    return _usual(x, experts, between)
+    return unusual(between)
 
 
 def _no_after(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
@@ -71,7 +80,7 @@ def _no_after(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
 
 
 def _native(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
-    return _usual(x, experts, between) or native.refuses(x, experts)
+    return unusual(between) or native.refuses(x, experts)
 
 
 def _grouped(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
