@@ -538,7 +538,7 @@ static void within(const Plan& plan, const Expert& e, int64_t from, int64_t to, 
 // Tokens of one tile: its rows of y are one thread's own.
 static int64_t tile_size(const Layer& l) {
   const int64_t each = (l.tokens + l.threads - 1) / l.threads;
-  const int64_t tiles = (each + 2047) / 2048;
+  const int64_t tiles = max<int64_t>(1, (each + 2047) / 2048);
   return max<int64_t>(1, (each + tiles - 1) / tiles);
 }
 
