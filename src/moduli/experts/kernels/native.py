@@ -60,8 +60,9 @@ def refuses(x: Tensor, experts: StackedFFN) -> str | None:
         return f"it runs on the CPU, and the tokens are on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it computes float32 and bfloat16, not {x.dtype}"
-    if experts.first.dtype != x.dtype:
-        return f"tokens are {x.dtype} and experts {experts.first.dtype}"
+    for matrix in (experts.first, experts.up, experts.second):
+        if matrix is not None and matrix.dtype != x.dtype:
+            return f"tokens are {x.dtype} and experts {matrix.dtype}"
     found = library()
     if isinstance(found, str):
         return found
