@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    records = [read_record(path) for path in sorted((ROOT / "benchmarks/results/bench").glob("*.json"))]
+    records = [
+        read_record(path) for path in sorted((ROOT / "benchmarks/results/bench").glob("*.json"))
+    ]
     docs = ROOT / "docs"
     (docs / "performance.md").write_text(render_page(records), encoding="utf-8")
     for name, svg in render_figures(records).items():

@@ -60,6 +60,7 @@ def test_a_process_reports_its_machine_and_its_rows(part: Part) -> None:
     assert "GFLOP/s" in machine_line(part.machine)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the setting is of glibc")
 def test_tuned_and_defaults_are_processes_with_allocators_of_their_own(part: Part) -> None:
     untouched = run(Job("defaults", 1, rounds=1, brief=True))
@@ -67,6 +68,7 @@ def test_tuned_and_defaults_are_processes_with_allocators_of_their_own(part: Par
     assert "untouched" in untouched.machine["allocator"]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_an_error() -> None:
     with pytest.raises(ModuliError, match="ended with status"):
         run(Job("tuned", 1, device="no such device", brief=True))

@@ -58,9 +58,9 @@ def test_what_is_missing_or_too_slow_meets_nothing() -> None:
     entries = row().entries
     slow = row(entries=(replace(entries[0], ms=24.0), *entries[1:]))
     assert [name for name, (_, _, fine) in by_name(slow).items() if not fine] == [
+        "regret",
         "floor",
         "peer",
-        "regret",
     ]
     absent = row(entries=(replace(entries[0], ms=None, note="wrong"), *entries[1:]))
     assert met([absent])[0] == 1  # the bytes it saves are known all the same
@@ -74,9 +74,15 @@ def test_the_compiled_kernel_has_a_target_of_its_own() -> None:
     assert "compiled" not in by_name(row(case=replace(CASE, mode="forward")))
 
 
-def test_other_settings_and_shapes_have_no_target() -> None:
+def test_other_shapes_are_held_against_our_own_kernels_and_dense() -> None:
+    assert set(by_name(row(case=replace(CASE, spread="skewed")))) == {"regret", "dense"}
+    owned = by_name(row(case=replace(CASE, owned=True), dense_share=1.0))
+    assert set(owned) == {"regret", "peer"}
+    assert owned["peer"] == (pytest.approx(2.0), 1.0, True)
+
+
+def test_untuned_settings_have_no_target() -> None:
     assert checks(row(settings="defaults")) == []
-    assert checks(row(case=replace(CASE, spread="skewed"))) == []
 
 
 def test_every_case_of_the_acceptance_set_has_a_target() -> None:

@@ -54,8 +54,9 @@ top-k as a share of the layer. Where there is a target, it stands beside the rat
 NOTHING = """
 ## Results
 
-There is no record in this checkout. `moduli bench --set acceptance --out benchmarks/results/bench` makes
-one, and `python benchmarks/page.py` this page.
+There is no record in this checkout.
+`moduli bench --set acceptance --out benchmarks/results/bench` makes one, and
+`python benchmarks/page.py` this page.
 """
 
 TITLES = {
