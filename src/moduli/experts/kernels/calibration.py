@@ -53,13 +53,14 @@ def measured_once(section: str, names: tuple[str, ...], measure: Callable[[str],
     if all(name in found for name in names):
         return found
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        known = read_calibration()
-        found = known.get(section, {})
+    # What is measured may itself ask for something to be measured: `loop` for the fast library.
+    with FileLock(f"{path}.lock", is_singleton=True):
+        found = read_calibration().get(section, {})
         missing = [name for name in names if name not in found]
         if missing:
             started = time.perf_counter()
-            known[section] = found = found | {name: measure(name) for name in missing}
+            found = found | {name: measure(name) for name in missing}
+            known = read_calibration() | {section: found}
             partial = path.with_suffix(f".{os.getpid()}.partial")
             partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
             os.replace(partial, path)
