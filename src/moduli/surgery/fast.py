@@ -8,23 +8,17 @@ the activation masks. Letters: T tokens, D width, F neurons, E experts, K expert
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moduli.experts.ffn import StackedFFN
-from moduli.experts.kernels import run_experts
+from moduli.experts.kernels import beats_masking, run_experts
 from moduli.surgery.locate import FFN
 from moduli.surgery.projection import bias_of, is_stock, rows
 from moduli.surgery.routed import RoutedLayer
 from moduli.surgery.seam import RoutedActivation
-
-# Where the loop over experts beats masking on CPU, read off benchmarks/paths.py. Moving a token
-# to and from an expert costs about as much as computing ROW_OVERHEAD neurons for it; the estimate
-# must be well below the dense cost to be worth it, and there must be tokens to sort.
-ROW_OVERHEAD = 64
-MAX_COST = 0.75
-MIN_TOKENS = 256
 
 
 class FastFFN:
@@ -36,6 +30,7 @@ class FastFFN:
 
     def __init__(self, layer: RoutedActivation) -> None:
         self.layer = layer
+        self._views: Views | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -50,11 +45,11 @@ class FastFFN:
     def usable(self, x: Tensor) -> bool:
         """Whether this input takes the fast path."""
         layer = self.layer
-        if layer.shared.dense or torch.compiler.is_compiling() or obstacle(layer) is not None:
+        if layer.shared.dense or torch.compiler.is_compiling():
             return False
-        return layer.options.path == "fast" or (
-            pays_off(layer) and x.shape[:-1].numel() >= MIN_TOKENS
-        )
+        if not self._unchanged() and obstacle(layer) is not None:
+            return False
+        return layer.options.path == "fast" or pays_off(layer, x)
 
     def compute(self, x: Tensor) -> Tensor:
         """The FFN without what the block does after it."""
@@ -63,10 +58,74 @@ class FastFFN:
         with torch.set_grad_enabled(torch.is_grad_enabled() and layer._differentiable):
             scores = layer.router.scores(flat)
         routing = layer.route(scores, x.shape[:-1])
-        y = run_experts(flat, routing, views(layer.ffn, layer.sizes), layer.activation)
+        y = run_experts(flat, routing, self._experts(), layer.activation)
         bias = bias_of(layer.ffn.last)
         y = y if bias is None else y + bias.to(y.dtype)
         return y.reshape(x.shape)
+
+    def _experts(self) -> StackedFFN:
+        if torch.is_grad_enabled():
+            return views(self.layer.ffn, self.layer.sizes)
+        if self._views is None:
+            self._views = Views(self.layer)
+        return self._views.experts
+
+    def _unchanged(self) -> bool:
+        """Whether what was found out about the block without gradients still holds."""
+        if torch.is_grad_enabled() or self._views is None:
+            return False
+        if self._views.hold(self.layer):
+            return True
+        self._views = None
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": None}  # a copy has weights of its own
+
+
+class Views:
+    """The experts of a block that has no obstacle, for as long as nobody touches the block.
+
+    Looking every part up takes longer than a token takes; comparing what was found does not. The
+    views see changes of the weights in place, as they share their memory.
+    """
+
+    def __init__(self, layer: RoutedActivation) -> None:
+        ffn = layer.ffn
+        self.options, self.out_bias = layer.options, layer.out_bias
+        self.inner = [(module, module.training) for module in ffn.inner]
+        self.links: list[tuple[dict[str, Any], str, Any]] = []
+        self.projections: list[nn.Module] = list(ffn.projections.values())
+        for path in ffn.projections:
+            module = ffn.block
+            for name in path.split("."):
+                parent, module = module, module._modules[name]  # type: ignore[assignment]
+                self.links.append((parent._modules, name, module))
+        self.tensors = [
+            (module._parameters, name, tensor, None if tensor is None else tensor.data_ptr())
+            for module in self.projections
+            for name, tensor in module._parameters.items()
+        ]
+        self.experts = views(ffn, layer.sizes)
+
+    def hold(self, layer: RoutedActivation) -> bool:
+        """Whether all is as it was."""
+        if layer.options is not self.options or layer.out_bias is not self.out_bias:
+            return False
+        for place, name, found in self.links:
+            if place.get(name) is not found:
+                return False
+        for place, name, tensor, address in self.tensors:
+            now = place.get(name)
+            if now is not tensor or (now is not None and now.data_ptr() != address):
+                return False
+        ours = layer.remember_input
+        for module in self.projections:
+            if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+                return False
+            if any(hook != ours for hook in module._forward_pre_hooks.values()):
+                return False
+        return all(module.training is before for module, before in self.inner)
 
 
 def views(ffn: FFN, sizes: Sequence[int]) -> StackedFFN:
@@ -116,7 +175,7 @@ def obstacle(layer: RoutedActivation) -> str | None:
     for path, module in ffn.projections.items():
         if not is_stock(module):
             return f"{path} is a {type(module).__name__}"
-        if module._forward_hooks or module._backward_hooks:
+        if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{path} has hooks"
         ours = layer.remember_input
         if any(hook != ours for hook in module._forward_pre_hooks.values()):
@@ -124,10 +183,16 @@ def obstacle(layer: RoutedActivation) -> str | None:
     return None
 
 
-def pays_off(layer: RoutedActivation) -> bool:
-    """Whether experts are wide enough, and few enough of them chosen, to be worth the sort."""
-    share = chosen_share(layer)
-    return share * (1 + ROW_OVERHEAD / min(layer.sizes)) < MAX_COST
+def pays_off(layer: RoutedActivation, x: Tensor) -> bool:
+    """Whether computing the chosen neurons alone is expected to be faster than masking."""
+    return beats_masking(
+        x.numel() // x.shape[-1],
+        x.shape[-1],
+        layer.sizes,
+        max(1, round(chosen_share(layer) * layer.num_experts)),
+        gated=layer.ffn.gated,
+        like=x,
+    )
 
 
 def chosen_share(layer: RoutedLayer) -> float:
@@ -146,9 +211,7 @@ def path_of(layer: RoutedLayer) -> str:
         return f"masked ({reason})"
     if layer.options.path == "fast":
         return "fast"
-    if pays_off(layer):
-        return f"fast from {MIN_TOKENS} tokens, else masked"
-    return "masked (faster here: experts are narrow or most are chosen)"
+    return "fast where it is expected to be faster than masking"
 
 
 def _ends_as_bert(block: nn.Module) -> bool:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moduli.errors import ConfigError, UnknownNameError, nearest
 from moduli.experts.ffn import ExpertFFN, StackedFFN, stack
-from moduli.experts.kernels.choice import AT_RUN_TIME, choose
+from moduli.experts.kernels.choice import AT_RUN_TIME, beats_masking, choose
 from moduli.experts.kernels.eager import Between
 from moduli.experts.kernels.registry import KERNELS, Kernel, run_operator
 from moduli.routing import Routing
 
-__all__ = ["KERNELS", "Between", "Kernel", "choose", "run_experts"]
+__all__ = ["KERNELS", "Between", "Kernel", "beats_masking", "choose", "run_experts"]
 
 Activation = Callable[[Tensor], Tensor]
 

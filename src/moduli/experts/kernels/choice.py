@@ -7,7 +7,7 @@ rule: `grouped` where it applies and experts are wide enough to gain by it, else
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -27,37 +27,79 @@ AT_RUN_TIME = "auto"
 def choose(x: Tensor, routing: Routing, experts: StackedFFN, between: Between) -> str:
     """Name of the kernel for these operands; `AT_RUN_TIME` while a compiler looks on."""
     if unusual(between) is not None:
+        if not torch.compiler.is_compiling():
+            return "autograd"
         # A compiler cannot follow the loop of "autograd", which asks for the number of rows.
-        traced = torch.compiler.is_compiling() and not KERNELS["masked"].refuses(
-            x, experts, between
-        )
-        return "masked" if traced else "autograd"
+        return "eager" if KERNELS["masked"].refuses(x, experts, between) else "masked"
     if torch.compiler.is_compiling():
         return AT_RUN_TIME
-    gradients = ops.wants_gradient(x, routing, experts)
-    return fastest(x, routing, experts, gradients, ("native", "loop", "padded", "masked"))
+    return fastest(x, routing, experts, ops.wants_gradient(x, routing, experts), masked=True)
 
 
 def fastest(
-    x: Tensor, routing: Routing, experts: StackedFFN, gradients: bool, among: Sequence[str]
+    x: Tensor, routing: Routing, experts: StackedFFN, gradients: bool, *, masked: bool
 ) -> str:
-    """The kernel that the cost model expects to be the fastest for a usual activation."""
-    slots, count = routing.experts.numel(), len(experts)
-    native_can = native.refuses(x, experts) is None
-    if native_can and not gradients and slots <= native.FEW * min(slots, count):
-        return "native"  # reads the weights where they lie, which nothing else can beat
-    able = [name for name in among if name != "native" or native_can]
-    if len(set(experts.sizes)) > 1 and "padded" in able:
-        able.remove("padded")
-    shape = Shape(
-        tokens=x.shape[0],
-        width=x.shape[1],
-        experts=count,
-        top_k=routing.experts.shape[1],
-        neurons=sum(experts.sizes) / count,
-        gated=experts.gated,
-    )
-    return costs(x.dtype, gradients, able, measure).fastest(able, shape)
+    """The kernel that the cost model expects to be the fastest for a usual activation.
+
+    Args:
+        x: tokens.
+        routing: of them.
+        experts: of a layer.
+        gradients: whether somebody may ask for them.
+        masked: whether "masked" may be the answer, which is no operator.
+    """
+    if x.device.type != "cpu":
+        return _on_device(x, experts)
+    size = (x.shape[0], x.shape[1], experts.sizes, routing.experts.shape[1], experts.gated)
+    same = experts.first.dtype == x.dtype
+    return _fastest(*size, x.dtype, gradients, masked, same, torch.get_num_threads())
+
+
+def beats_masking(
+    tokens: int, width: int, sizes: tuple[int, ...], top_k: int, *, gated: bool, like: Tensor
+) -> bool:
+    """Whether computing chosen experts alone should be faster than the dense product, masked.
+
+    Args:
+        tokens: T.
+        width: D.
+        sizes: neurons of every expert.
+        top_k: K.
+        gated: whether experts have two first matrices.
+        like: dtype, device; a gradient is expected wherever gradients are on.
+    """
+    device = like.device.type
+    if device != "cpu":
+        return False
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
+    found = _fastest(
+        tokens, width, sizes, top_k, gated, dtype, torch.is_grad_enabled(), True, True,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found != "masked"
+
+
+@lru_cache(maxsize=4096)
+def _fastest(
+    tokens: int, width: int, sizes: tuple[int, ...], top_k: int, gated: bool, dtype: torch.dtype,
+    gradients: bool, masked: bool, native_may: bool, threads: int,
+) -> str:  # fmt: skip
+    """On CPU; `threads` is part of the key only."""
+    slots, count = tokens * top_k, len(sizes)
+    able = ["loop", "padded"] if len(set(sizes)) == 1 else ["loop"]
+    if native_may and native.unable(dtype, width) is None:
+        if not gradients and slots <= native.FEW * min(slots, count):
+            return "native"  # reads the weights where they lie, which nothing else can beat
+        able.append("native")
+    if masked:
+        able.append("masked")
+    shape = Shape(tokens, width, count, top_k, sum(sizes) / count, gated)
+    return costs(dtype, gradients, able, measure).fastest(able, shape)
+
+
+def _on_device(x: Tensor, experts: StackedFFN) -> str:
+    return "loop"
 
 
 def measure(kernel: str, shape: Shape, dtype: torch.dtype, gradients: bool) -> float:

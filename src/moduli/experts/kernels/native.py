@@ -58,18 +58,23 @@ def refuses(x: Tensor, experts: StackedFFN) -> str | None:
     """Why it cannot compute these experts."""
     if x.device.type != "cpu":
         return f"it runs on the CPU, and the tokens are on {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes float32 and bfloat16, not {x.dtype}"
     for matrix in (experts.first, experts.up, experts.second):
         if matrix is not None and matrix.dtype != x.dtype:
             return f"tokens are {x.dtype} and experts {matrix.dtype}"
+    return unable(x.dtype, x.shape[1])
+
+
+def unable(dtype: torch.dtype, width: int) -> str | None:
+    """Why it cannot compute a dtype at a width on this machine."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes float32 and bfloat16, not {dtype}"
     found = library()
     if isinstance(found, str):
         return found
-    if x.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         if not found.moduli_has_bf16():
             return "this processor does not multiply bfloat16"
-        if x.shape[1] % 2:
+        if width % 2:
             return "the width is odd, and bfloat16 is multiplied in pairs"
     return None
 
