@@ -39,7 +39,7 @@ def summary(rows: Sequence[LayerRow], *, wide: bool = False) -> tuple[Cells, lis
 
     Args:
         rows: of one process.
-        wide: with milliseconds, the best peer and the share of peak; else the table fits a terminal.
+        wide: with milliseconds, the best peer and the share of peak, too wide for a terminal.
 
     Returns:
         Titles and cells; columns that say nothing here are left out.
