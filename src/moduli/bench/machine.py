@@ -20,7 +20,7 @@ import torch
 from moduli.bench.protocol import Clock, measure
 from moduli.bench.settings import Settings, scope
 from moduli.experts.kernels.memory import malloc_is_tuned
-from moduli.experts.kernels.precision import fp32_is_safe, probe
+from moduli.experts.kernels.precision import fp32_is_safe, measured_precision
 from moduli.version import __version__
 
 # Large enough for the peak on any CPU and most of it on a GPU; larger than any cache.
@@ -160,6 +160,6 @@ def _allocator() -> str:
 def _fp32(settings: Settings, device: torch.device) -> str:
     if device.type != "cpu":
         return "as torch has it"
-    error, gain = probe()
+    error, gain = measured_precision()
     how = "fast for all" if settings == "tuned" and fp32_is_safe() else "as torch has it"
     return f"{how}; the fast library is {gain:.2f} times as fast with an error of {error:.1e}"

@@ -40,6 +40,11 @@ def read_calibration() -> dict[str, Any]:
     return known
 
 
+def clock() -> float:
+    """Seconds, of this process where one thread works, so that other processes do not count."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def measured_once(section: str, names: tuple[str, ...], measure: Callable[[str], Any]) -> Any:
     """`{name: measure(name)}` for all names, from the file where they are in it.
 

@@ -6,7 +6,6 @@ rule: `grouped` where it applies and experts are wide enough to gain by it, else
 
 from __future__ import annotations
 
-import time
 from functools import lru_cache
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels import native, ops
+from moduli.experts.kernels.calibration import clock
 from moduli.experts.kernels.cost import REPEATS, Shape, costs
 from moduli.experts.kernels.eager import Between
 from moduli.experts.kernels.registry import KERNELS, unusual
@@ -52,7 +52,7 @@ def fastest(
         return _on_device(x, experts)
     size = (x.shape[0], x.shape[1], experts.sizes, routing.experts.shape[1], experts.gated)
     same = experts.first.dtype == x.dtype
-    return _fastest(*size, x.dtype, gradients, masked, same, torch.get_num_threads())
+    return fastest_of_size(*size, x.dtype, gradients, masked, same, torch.get_num_threads())
 
 
 def beats_masking(
@@ -73,7 +73,7 @@ def beats_masking(
         return False
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
-    found = _fastest(
+    found = fastest_of_size(
         tokens, width, sizes, top_k, gated, dtype, torch.is_grad_enabled(), True, True,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -81,11 +81,13 @@ def beats_masking(
 
 
 @lru_cache(maxsize=4096)
-def _fastest(
+def fastest_of_size(
     tokens: int, width: int, sizes: tuple[int, ...], top_k: int, gated: bool, dtype: torch.dtype,
     gradients: bool, masked: bool, native_may: bool, threads: int,
 ) -> str:  # fmt: skip
-    """On CPU; `threads` is part of the key only."""
+    """`fastest` on CPU, from sizes; `threads` is part of the key only."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return "loop"  # float64 and float16 are not worth measuring
     slots, count = tokens * top_k, len(sizes)
     able = ["loop", "padded"] if len(set(sizes)) == 1 else ["loop"]
     if native_may and native.unable(dtype, width) is None:
@@ -115,8 +117,6 @@ def measure(kernel: str, shape: Shape, dtype: torch.dtype, gradients: bool) -> f
     chosen = torch.rand(T, E, generator=generator).topk(shape.top_k).indices
     routing = Routing(chosen, torch.ones(T, shape.top_k, dtype=dtype))
     x, between = random(T, D), Between(F.gelu)
-    # What other processes do to the clock is not the kernel's cost; with threads it cannot be told.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best = float("inf")
     with torch.set_grad_enabled(gradients):
         for _ in range(REPEATS + 1):

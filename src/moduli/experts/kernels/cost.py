@@ -96,11 +96,11 @@ def costs(dtype: torch.dtype, gradients: bool, kernels: Iterable[str], timer: Ti
         timer: (kernel, shape, dtype, gradients) -> seconds, called only for what is not known.
     """
     names = tuple(sorted(kernels))
-    return _costs(dtype, gradients, names, torch.get_num_threads(), timer)
+    return measured_costs(dtype, gradients, names, torch.get_num_threads(), timer)
 
 
 @lru_cache(maxsize=64)
-def _costs(
+def measured_costs(
     dtype: torch.dtype, gradients: bool, names: tuple[str, ...], threads: int, timer: Timer
 ) -> Costs:
     mode = "training" if gradients else "inference"

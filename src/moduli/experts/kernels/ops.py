@@ -17,6 +17,7 @@ Letters: T tokens, D width, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +40,7 @@ _TENSORS = (
 )
 _REST = "int[] sizes, str? fused, str activation, str kernel"
 _GRADIENTS = (0, 2, 4, 5, 6, 7, 8, 9)  # of which tensors, by position: not index, not active
+_EXPERTS = (4, 5, 6, 7, 8)  # whose gradients are views like themselves
 
 torch.library.define("moduli::experts", f"({_TENSORS}, {_REST}, bool save) -> (Tensor, Tensor)")
 torch.library.define(
@@ -51,10 +53,9 @@ def run(x: Tensor, routing: Routing, experts: StackedFFN, act: Known, kernel: st
     """One of `BACKENDS`, through the operator wherever somebody has to see it."""
     save = wants_gradient(x, routing, experts)
     if not save and _nobody_watches(x):
-        with fast_fp32():
-            y: Tensor = _backend(kernel, x, routing, experts, False).forward(
-                x, routing, experts, act, None
-            )
+        backend = _backend(kernel, x, routing, experts, False)
+        with _products(backend, x):
+            y: Tensor = backend.forward(x, routing, experts, act, None)
         return y
     tensors = _operands(x, routing, experts)
     y, _ = torch.ops.moduli.experts(*tensors, experts.sizes, experts.fused, act.name, kernel, save)
@@ -101,7 +102,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     x = tensors[0]
     z = x.new_empty(_kept(x, routing, experts)) if save else None
     backend = _backend(kernel, x, routing, experts, save)
-    with fast_fp32():
+    with _products(backend, x):
         y = backend.forward(x, routing, experts, KNOWN[activation], z)
     return y, x.new_empty(0) if z is None else z
 
@@ -130,12 +131,18 @@ def _backend(kernel: str, x: Tensor, routing: Routing, experts: StackedFFN, save
     return BACKENDS[kernel]
 
 
+def _products(backend: Any, x: Tensor) -> AbstractContextManager[None]:
+    """Where a backend's products go; the C++ kernel does its own."""
+    theirs = backend is not native and x.dtype == torch.float32 and x.device.type == "cpu"
+    return fast_fp32() if theirs else nullcontext()
+
+
 @torch.library.impl("moduli::experts_backward", "CompositeExplicitAutograd")
 def _backward(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
     tensors, (sizes, fused, activation, kernel, wanted) = args[:10], args[10:]
     routing, experts = _unpack(tensors, sizes, fused)
     backend = _backend(kernel, tensors[0], routing, experts, True)
-    with fast_fp32():
+    with _products(backend, dy):
         found = backend.backward(
             dy.contiguous(), tensors[0], routing, experts, KNOWN[activation], z, wanted
         )
@@ -145,9 +152,14 @@ def _backward(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
 @torch.library.register_fake("moduli::experts_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
     tensors, wanted = args[:10], args[14]
-    given = [tensors[i] for i in _GRADIENTS]
+    given = [(tensors[i], i) for i, want in zip(_GRADIENTS, wanted, strict=True) if want]
+    # Gradients of experts lie in memory as their parameters do, others without gaps.
     return [
-        torch.empty_like(t) for t, want in zip(given, wanted, strict=True) if want and t is not None
+        torch.empty_like(t)
+        if i in _EXPERTS
+        else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, i in given
+        if t is not None
     ]
 
 
