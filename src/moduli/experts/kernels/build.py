@@ -38,6 +38,13 @@ def library() -> ctypes.CDLL | str:
     """The loaded kernel, or why there is none; compiles it at the first call on a machine."""
     if os.environ.get(OFF, "") == "0":
         return f"switched off by {OFF}=0"
+    found = _loaded()
+    if isinstance(found, str):
+        log.warning("no C++ expert kernel, others compute instead: %s", found)
+    return found
+
+
+def _loaded() -> ctypes.CDLL | str:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         return "there is no C++ compiler"
@@ -71,11 +78,11 @@ def _built(compiler: str) -> Path:
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     directory = cache_dir() / "machine"
     target = directory / f"experts-{key}.so"
-    if target.is_file():
+    if _intact(target):
         return target
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        if not target.is_file():
+        if not _intact(target):
             log.warning("compiling the C++ expert kernel, once on this machine (%s=0: do not)", OFF)
             partial = target.with_suffix(f".{os.getpid()}.partial")
             # Without the compiler's own OpenMP runtime: two in one process would keep two pools.
@@ -87,8 +94,26 @@ def _built(compiler: str) -> Path:
             try:
                 for step in steps:
                     subprocess.run(step, capture_output=True, text=True, check=True, timeout=600)
+                digest = _digest(partial)
                 os.replace(partial, target)
+                _seal(target).write_text(digest, encoding="utf-8")
             finally:
                 objects.unlink(missing_ok=True)
                 partial.unlink(missing_ok=True)
     return target
+
+
+def _intact(target: Path) -> bool:
+    """Whether the file is the one that was built here: the loader may crash on a damaged one."""
+    try:
+        return _seal(target).read_text(encoding="utf-8") == _digest(target)
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _seal(target: Path) -> Path:
+    return target.with_suffix(".sha256")

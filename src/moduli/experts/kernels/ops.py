@@ -26,13 +26,15 @@ from torch import Tensor
 
 from moduli.errors import UnsupportedError
 from moduli.experts.ffn import StackedFFN
-from moduli.experts.kernels import loop, native, padded
+from moduli.experts.kernels import fused, loop, native, padded
 from moduli.experts.kernels.activations import KNOWN, Known
 from moduli.experts.kernels.blocks import saved_size
 from moduli.experts.kernels.precision import fast_fp32
 from moduli.routing import Routing
 
-BACKENDS: dict[str, ModuleType] = {"loop": loop, "native": native, "padded": padded}
+BACKENDS: dict[str, ModuleType] = {
+    "loop": loop, "native": native, "padded": padded, "triton": fused,
+}  # fmt: skip
 
 _TENSORS = (
     "Tensor x, Tensor index, Tensor weights, Tensor? active, Tensor first, Tensor? first_bias, "
