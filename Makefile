@@ -40,15 +40,22 @@ $(VENV)/.quant: $(VENV)/.dev
 	$(PIP) install --no-deps --target $(VENV)/quant torchao -c constraints.txt
 	@touch $@
 
+# Beside the environment too: a third of a gigabyte, and without a GPU only its interpreter is used.
+# It exists for Linux only, and builds of torch for CUDA bring the version that suits them.
+$(VENV)/.triton: $(VENV)/.dev
+	$(BIN)/python -c 'import sys; from importlib.util import find_spec; sys.exit(sys.platform == "linux" and not find_spec("triton"))' || $(PIP) install --no-deps --target $(VENV)/triton triton==3.9.0
+	@touch $@
+
 demo: $(VENV)/.runtime ## the main job on a real model and real data; report in runs/demo/
 	$(BIN)/moduli demo
 
 test: $(VENV)/.dev ## the test suite without what is slow or needs a GPU
 	$(PYTEST) -m 'not slow and not gpu'
 
-test-all: $(VENV)/.dev $(VENV)/.quant ## every test; those that need a GPU are skipped without one
+test-all: $(VENV)/.dev $(VENV)/.quant $(VENV)/.triton ## every test; those that need a GPU are skipped without one
 	$(PYTEST)
 	PYTHONPATH=$(VENV)/quant $(PYTEST) tests/stacks/test_quantised.py
+	PYTHONPATH=$(VENV)/triton $(PYTEST) tests/experts/test_triton.py
 
 parity: $(VENV)/.dev ## the stored reference cases alone, one line per case
 	$(BIN)/python -m tests.parity tests/parity/data

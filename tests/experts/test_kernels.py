@@ -156,6 +156,8 @@ def test_gradients_by_finite_differences(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_dropped_slots_contribute_nothing(kernel: str) -> None:
     x, routing, experts, _ = problem(EVEN, torch.float32, out_bias=True)
+    if refused(kernel, experts, F.gelu):
+        return
     nobody = Routing(routing.experts, routing.weights, torch.zeros(T, K, dtype=torch.bool))
     y = run_experts(x, nobody, experts, F.gelu, kernel)
     assert not y.any()

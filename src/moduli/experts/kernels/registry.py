@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from moduli.experts.ffn import StackedFFN
-from moduli.experts.kernels import grouped, native, ops
+from moduli.experts.kernels import fused, grouped, native, ops
 from moduli.experts.kernels.activations import known
 from moduli.experts.kernels.autograd import autograd
 from moduli.experts.kernels.eager import Between, eager
@@ -87,6 +87,10 @@ def _grouped(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
     return grouped.refuses(x, experts)
 
 
+def _triton(x: Tensor, experts: StackedFFN, between: Between) -> str | None:
+    return unusual(between) or fused.refuses(x, experts)
+
+
 KERNELS: dict[str, Kernel] = {
     "eager": Kernel("every expert on every token: the reference", eager, _nothing),
     "autograd": Kernel("expert by expert, any activation", autograd, _nothing),
@@ -95,4 +99,5 @@ KERNELS: dict[str, Kernel] = {
     "padded": Kernel("one batched product over padded experts", _operator("padded"), _equal),
     "masked": Kernel("the dense product, other experts' neurons off", masked, _no_after),
     "grouped": Kernel("torch's grouped products, no waiting", grouped.grouped, _grouped),
+    "triton": Kernel("fused for small experts, on demand only", _operator("triton"), _triton),
 }
