@@ -108,9 +108,13 @@ def known(activation: Callable[[Tensor], Tensor]) -> Known | None:
 
 def _name(activation: Callable[[Tensor], Tensor]) -> str | None:
     if isinstance(activation, nn.Module) and (
-        activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks
+        activation._forward_hooks
+        or activation._forward_pre_hooks
+        or activation._backward_hooks
+        or activation._backward_pre_hooks
+        or "forward" in vars(activation)
     ):
-        return None  # whoever hooked it wants to see what passes
+        return None  # whoever hooked it wants to see what passes, whoever patched it to change it
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     kind: type = type(activation)
