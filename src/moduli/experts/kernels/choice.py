@@ -6,6 +6,7 @@ rule: `grouped` where it applies and experts are wide enough to gain by it, else
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels import native, ops
 from moduli.experts.kernels.calibration import clock
-from moduli.experts.kernels.cost import REPEATS, Shape, costs
+from moduli.experts.kernels.cost import PATIENCE, REPEATS, Shape, costs
 from moduli.experts.kernels.eager import Between
 from moduli.experts.kernels.registry import KERNELS, unusual
 from moduli.routing import Routing
@@ -119,7 +120,10 @@ def measure(kernel: str, shape: Shape, dtype: torch.dtype, gradients: bool) -> f
     x, between = random(T, D), Between(F.gelu)
     best = float("inf")
     with torch.set_grad_enabled(gradients):
+        begun = time.perf_counter()
         for _ in range(REPEATS + 1):
+            if time.perf_counter() - begun > PATIENCE and best < float("inf"):
+                break
             started = clock()
             y = KERNELS[kernel].run(x, routing, experts, between)
             if gradients:

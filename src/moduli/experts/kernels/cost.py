@@ -26,6 +26,7 @@ LANES = 16
 # Rows of a padded batch over rows used, at the load of a router that is not trained to balance.
 PADDING = 1.4
 REPEATS = 5
+PATIENCE = 0.1  # seconds for one shape, should a kernel be slow
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,7 @@ template <class T> T* scratch(int which, int64_t size) {
   if (b.size() < bytes) { b.clear(); b.shrink_to_fit(); b.resize(bytes); }
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(b.data()) + 63) & ~uintptr_t(63));
 }
-enum Scratch { PACK, PLAN, ROWS_Z, ROWS_H, ROWS_Y, KEPT_DZ, KEPT_H, PARTIAL, POINTERS, COLUMNS, BIAS };
+enum Scratch { PACK, PLAN, ROWS_Z, ROWS_H, ROWS_Y, KEPT_DZ, KEPT_H, PARTIAL, POINTERS, COLUMNS, BIAS, SUMS };
 
 struct Expert {
   int size, rows;                // e, R
@@ -430,6 +430,40 @@ template <class T> static ActivateRows<T> activation_of(int act) {
   return table[act];
 }
 
+INLINE float lanes_sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0;
+  for (int u = 0; u < VL; u++) sum += v[u];
+  return sum;
+#endif
+}
+
+// Products of N rows of length k with x; rows `ahead` elements further on will be read next.
+template <int N, class T>
+static void dots(const T* const* row, const float* x, int64_t k, int64_t ahead, int n, float* out) {
+  vf a[N][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; i++) a[i][0] = a[i][1] = vf{};
+  int64_t p = 0;
+  for (; p + 2 * VL <= k; p += 2 * VL) {
+    const vf x0 = load(x + p), x1 = load(x + p + VL);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) {
+      __builtin_prefetch(row[i] + ahead + p);
+      if (sizeof(T) == 4) __builtin_prefetch(row[i] + ahead + p + VL);
+      a[i][0] += load(row[i] + p) * x0;
+      a[i][1] += load(row[i] + p + VL) * x1;
+    }
+  }
+  for (; p < k; p += VL) {
+    const vf x0 = load_part(x + p, k - p);
+    for (int i = 0; i < N; i++) a[i][0] += load_part(row[i] + p, k - p) * x0;
+  }
+  for (int i = 0; i < n; i++) out[i] = lanes_sum(a[i][0] + a[i][1]);
+}
+
 // Few tokens: every weight is read once, in the order in which it lies, and nothing is packed.
 template <class T> static void forward_few(const Layer& l, ActivateRows<float> act, T* y) {
   const Plan plan(l);
@@ -446,30 +480,32 @@ template <class T> static void forward_few(const Layer& l, ActivateRows<float> a
   // Slots of every token, for the second product.
   std::vector<std::vector<int32_t>> of(l.tokens);
   for (int64_t s = 0; s < S; s++) of[plan.token[s]].push_back(s);
+  constexpr int AT_ONCE = 4;  // rows read side by side, so that several lines are under way
+  const int64_t blocks = (hp + AT_ONCE - 1) / AT_ONCE;
 #pragma omp parallel num_threads(l.threads) if (l.threads > 1)
   {
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < S * hp; item++) {
-      const int64_t s = item / hp, j = item % hp;
+    for (int64_t item = 0; item < S * blocks; item++) {
+      const int64_t s = item / blocks, j0 = item % blocks * AT_ONCE;
       const Expert& e = *owner[s];
-      if (j >= e.size) continue;
+      const int n = min<int64_t>(AT_ONCE, e.size - j0);
+      if (n <= 0) continue;
+      const float* x = xs + int64_t(plan.token[s]) * D;
       for (int side = 0; side < sides; side++) {
         const Half<T> w = half<T>(l, e, side);
-        const T* row = w.data + j * w.row;
-        const float* x = xs + int64_t(plan.token[s]) * D;
-        float sum = 0;
+        float* to = z + s * hp * sides + side * e.size + j0;
         if (w.col == 1) {
-          vf a[4] = {vf{}, vf{}, vf{}, vf{}};
-          int64_t d = 0;
-          for (; d + 4 * VL <= D; d += 4 * VL)
-            for (int u = 0; u < 4; u++) a[u] += load(row + d + u * VL) * load(x + d + u * VL);
-          for (; d < D; d += VL) a[0] += load_part(row + d, D - d) * load_part(x + d, D - d);
-          const vf t = (a[0] + a[1]) + (a[2] + a[3]);
-          for (int u = 0; u < VL; u++) sum += t[u];
+          const T* row[AT_ONCE];
+          for (int i = 0; i < AT_ONCE; i++) row[i] = w.data + (j0 + min(i, n - 1)) * w.row;
+          dots<AT_ONCE>(row, x, D, AT_ONCE * w.row, n, to);
         } else {
-          for (int64_t d = 0; d < D; d++) sum += wide(row[d * w.col]) * x[d];
+          for (int i = 0; i < n; i++) {
+            float sum = 0;
+            for (int64_t d = 0; d < D; d++) sum += wide(w.data[(j0 + i) * w.row + d * w.col]) * x[d];
+            to[i] = sum;
+          }
         }
-        z[s * hp * sides + side * e.size + j] = sum + (w.bias ? wide(w.bias[j * w.bias_step]) : 0.f);
+        if (w.bias) for (int i = 0; i < n; i++) to[i] += wide(w.bias[(j0 + i) * w.bias_step]);
       }
     }
 #pragma omp for schedule(static)
@@ -480,22 +516,22 @@ template <class T> static void forward_few(const Layer& l, ActivateRows<float> a
     }
     if (l.second.row == 1) {  // a column of the second matrix after the other
 #pragma omp for schedule(static)
-      for (int64_t d = 0; d < D; d++)
+      for (int64_t d0 = 0; d0 < D; d0 += AT_ONCE)
         for (int64_t t = 0; t < l.tokens; t++) {
-          vf sum = vf{};
-          float rest = 0;
+          const int n = min<int64_t>(AT_ONCE, D - d0);
+          float total[AT_ONCE] = {};
           for (int32_t s : of[t]) {
             const Expert& e = *owner[s];
-            const T* col = (const T*)l.second.data + e.second + d * l.second.col;
-            const float* hs = h + s * hp;
-            int64_t j = 0;
-            for (; j + VL <= e.size; j += VL) sum += load(col + j) * load(hs + j);
-            if (j < e.size) sum += load_part(col + j, e.size - j) * load_part(hs + j, e.size - j);
-            if (l.out_bias)
-              rest += l.weights[plan.slot[s]] * wide(((const T*)l.out_bias)[(owner[s] - plan.experts.data()) * D + d]);
+            const T* row[AT_ONCE];
+            for (int i = 0; i < AT_ONCE; i++)
+              row[i] = (const T*)l.second.data + e.second + (d0 + min(i, n - 1)) * l.second.col;
+            float part[AT_ONCE];
+            dots<AT_ONCE>(row, h + s * hp, e.size, AT_ONCE * l.second.col, n, part);
+            const T* bias = l.out_bias ? (const T*)l.out_bias + (&e - plan.experts.data()) * D + d0 : nullptr;
+            for (int i = 0; i < n; i++)
+              total[i] += part[i] + (bias ? l.weights[plan.slot[s]] * wide(bias[i]) : 0.f);
           }
-          for (int u = 0; u < VL; u++) rest += sum[u];
-          narrow(rest, y[t * D + d]);
+          for (int i = 0; i < n; i++) narrow(total[i], y[t * D + d0 + i]);
         }
     } else {
       constexpr int64_t CHUNK = 4 * VL;
@@ -562,47 +598,82 @@ static void add_to_tokens(const T* const* a, int n, const T* packed, int k, cons
   });
 }
 
+// Experts are packed a group at a time, so that what is packed stays in the cache and small.
+constexpr int64_t GROUP_BYTES = 8 << 20;
+
+struct Groups {
+  std::vector<int64_t> at;      // where an expert's packed weights begin in its group's buffer
+  std::vector<int64_t> begin;   // first expert of every group, and E
+  int64_t size = 0;             // of the buffer
+  int64_t slots = 0;            // most slots of a group
+
+  template <class Size> Groups(const Plan& plan, int64_t bytes, const Size& size_of) : begin{0} {
+    const int64_t E = plan.experts.size();
+    int64_t used = 0;
+    for (int64_t i = 0; i < E; i++) {
+      const Expert& e = plan.experts[i];
+      const int64_t own = e.begin == e.end ? 0 : (size_of(e) + 31) / 32 * 32;
+      if (used && (used + own) * bytes > GROUP_BYTES) { begin.push_back(i); used = 0; }
+      at.push_back(used);
+      used += own;
+      size = max(size, used);
+    }
+    begin.push_back(E);
+    for (size_t g = 0; g + 1 < begin.size(); g++)
+      slots = max(slots, last_slot(plan, g) - first_slot(plan, g));
+  }
+  int64_t first_slot(const Plan& plan, int64_t g) const { return plan.experts[begin[g]].begin; }
+  int64_t last_slot(const Plan& plan, int64_t g) const { return plan.experts[begin[g + 1] - 1].end; }
+  int64_t count() const { return begin.size() - 1; }
+};
+
+// Sums of all tokens in float32: the output itself, or a buffer that is rounded at the end.
+template <class T> static float* sums_for(T* y, int64_t size) {
+  return sizeof(T) == 4 ? (float*)y : scratch<float>(SUMS, size);
+}
+template <class T> static void round_to(T* y, const float* sums, int64_t from, int64_t to) {
+  if (sizeof(T) != 4)
+    for (int64_t k = from; k < to; k += VL) store_part(y + k, load_part(sums + k, to - k), to - k);
+}
+
 template <class T> static void forward_many(const Layer& l, ActivateRows<T> act, T* y) {
   const Plan plan(l);
-  const int64_t D = l.width, E = l.experts;
+  const int64_t D = l.width;
   const int sides = l.gate ? 2 : 1;
   const Panels columns(D);
-  // Pack all experts that are used.
-  std::vector<int64_t> at(E + 1, 0);
-  for (int64_t i = 0; i < E; i++) {
-    const Expert& e = plan.experts[i];
-    const int64_t size = e.begin == e.end ? 0
-        : sides * packed_size<T>(D, Panels(e.size).padded()) + packed_size<T>(e.size, columns.padded());
-    at[i + 1] = at[i] + (size + 31) / 32 * 32;
-  }
-  T* packs = scratch<T>(PACK, at[E]);
+  const Groups groups(plan, sizeof(T), [&](const Expert& e) {
+    return sides * packed_size<T>(D, Panels(e.size).padded()) + packed_size<T>(e.size, columns.padded());
+  });
+  T* packs = scratch<T>(PACK, groups.size);
+  float* sums = sums_for(y, l.tokens * D);
+  const int64_t size = tile_size(l), tiles = (l.tokens + size - 1) / size;
 #pragma omp parallel num_threads(l.threads) if (l.threads > 1)
-  {
+  for (int64_t group = 0; group < groups.count(); group++) {
+    const int64_t first = groups.begin[group], last = groups.begin[group + 1];
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < E; i++) {
+    for (int64_t i = first; i < last; i++) {
       const Expert& e = plan.experts[i];
       if (e.begin == e.end) continue;
       const Panels own(e.size);
-      T* to = packs + at[i];
+      T* to = packs + groups.at[i];
       for (int side = 0; side < sides; side++, to += packed_size<T>(D, own.padded())) {
         const Half<T> w = half<T>(l, e, side);
         pack(w.data, w.col, w.row, D, own, to);
       }
       pack((const T*)l.second.data + e.second, l.second.row, l.second.col, e.size, columns, to);
     }
-    const int64_t size = tile_size(l), tiles = (l.tokens + size - 1) / size;
 #pragma omp for schedule(dynamic)
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t from = tile * size, to = min(from + size, l.tokens);
-      float* out = sizeof(T) == 4 ? (float*)y + from * D : scratch<float>(ROWS_Y, size * D);
-      memset(out, 0, (to - from) * D * 4);
-      for (int64_t i = 0; i < E; i++) {
+      float* out = sums + from * D;
+      if (group == 0) memset(out, 0, (to - from) * D * 4);
+      for (int64_t i = first; i < last; i++) {
         const Expert& e = plan.experts[i];
         int64_t a, b;
         within(plan, e, from, to, a, b);
         if (a == b) continue;
         const Panels own(e.size);
-        const T* pack_first = packs + at[i];
+        const T* pack_first = packs + groups.at[i];
         const T* pack_second = pack_first + sides * packed_size<T>(D, own.padded());
         const int hp = even(e.size);
         for (int64_t s = a; s < b; s += BLOCK) {
@@ -639,9 +710,7 @@ template <class T> static void forward_many(const Layer& l, ActivateRows<T> act,
                            weight, bias, out, D);
         }
       }
-      if (sizeof(T) != 4)
-        for (int64_t k = 0; k < (to - from) * D; k += VL)
-          store_part(y + from * D + k, load_part(out + k, (to - from) * D - k), (to - from) * D - k);
+      if (group + 1 == groups.count()) round_to(y, sums, from * D, to * D);
     }
   }
 }
@@ -839,29 +908,31 @@ static void weight_gradient(const Plan& plan, const Expert& e, const T* kept, in
 
 template <class T> static void backward(const Layer& l, const Gradients& g, DifferentiateRows<T> act) {
   const Plan plan(l);
-  const int64_t D = l.width, E = l.experts;
+  const int64_t D = l.width;
   const int sides = l.gate ? 2 : 1;
   const Panels columns(D);
   const int64_t ldh = even(plan.most), ldk = sides * ldh;
-  T* kept_h = scratch<T>(KEPT_H, (plan.slots + 1) * ldh + VL);
-  T* kept_dz = scratch<T>(KEPT_DZ, (plan.slots + 1) * ldk + VL);
-  std::vector<int64_t> at(E + 1, 0);
-  for (int64_t i = 0; i < E; i++) {
-    const Expert& e = plan.experts[i];
-    const int64_t size = e.begin == e.end ? 0
-        : packed_size<T>(D, Panels(e.size).padded()) + sides * packed_size<T>(e.size, columns.padded());
-    at[i + 1] = at[i] + (size + 31) / 32 * 32;
-  }
-  T* packs = scratch<T>(PACK, at[E]);
+  const Groups groups(plan, sizeof(T), [&](const Expert& e) {
+    return packed_size<T>(D, Panels(e.size).padded()) + sides * packed_size<T>(e.size, columns.padded());
+  });
+  T* packs = scratch<T>(PACK, groups.size);
+  T* buffer_h = scratch<T>(KEPT_H, (groups.slots + 1) * ldh + VL);
+  T* buffer_dz = scratch<T>(KEPT_DZ, (groups.slots + 1) * ldk + VL);
+  float* sums = g.dx ? sums_for((T*)g.dx, l.tokens * D) : nullptr;
+  const int64_t size = tile_size(l), tiles = (l.tokens + size - 1) / size;
   const int64_t chunk = l.threads > 1 ? min<int64_t>(D, 128) : D, chunks = (D + chunk - 1) / chunk;
 #pragma omp parallel num_threads(l.threads) if (l.threads > 1)
-  {
+  for (int64_t group = 0; group < groups.count(); group++) {
+    const int64_t first = groups.begin[group], last = groups.begin[group + 1];
+    // Indexed by slot, though only those of the group are there.
+    T* kept_h = buffer_h - groups.first_slot(plan, group) * ldh;
+    T* kept_dz = buffer_dz - groups.first_slot(plan, group) * ldk;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < E; i++) {
+    for (int64_t i = first; i < last; i++) {
       const Expert& e = plan.experts[i];
       if (e.begin == e.end) continue;
       const Panels own(e.size);
-      T* to = packs + at[i];
+      T* to = packs + groups.at[i];
       pack((const T*)l.second.data + e.second, l.second.col, l.second.row, D, own, to);
       to += packed_size<T>(D, own.padded());
       for (int side = 0; g.dx && side < sides; side++, to += packed_size<T>(e.size, columns.padded())) {
@@ -869,19 +940,17 @@ template <class T> static void backward(const Layer& l, const Gradients& g, Diff
         pack(w.data, w.row, w.col, e.size, columns, to);
       }
     }
-    const int64_t size = tile_size(l), tiles = (l.tokens + size - 1) / size;
 #pragma omp for schedule(dynamic)
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t from = tile * size, to = min(from + size, l.tokens);
-      float* out = !g.dx ? nullptr
-          : sizeof(T) == 4 ? (float*)g.dx + from * D : scratch<float>(ROWS_Y, size * D);
-      if (out) memset(out, 0, (to - from) * D * 4);
-      for (int64_t i = 0; i < E; i++) {
+      float* out = sums ? sums + from * D : nullptr;
+      if (out && group == 0) memset(out, 0, (to - from) * D * 4);
+      for (int64_t i = first; i < last; i++) {
         const Expert& e = plan.experts[i];
         int64_t a, b;
         within(plan, e, from, to, a, b);
         const Panels own(e.size);
-        const T* pack_second = packs + at[i];
+        const T* pack_second = packs + groups.at[i];
         const T* pack_first = pack_second + packed_size<T>(D, own.padded());
         for (int64_t s = a; s < b; s += BLOCK) {
           const int n = min<int64_t>(BLOCK, b - s);
@@ -917,12 +986,10 @@ template <class T> static void backward(const Layer& l, const Gradients& g, Diff
                              columns, token, nullptr, nullptr, out, D);
         }
       }
-      if (out && sizeof(T) != 4)
-        for (int64_t k = 0; k < (to - from) * D; k += VL)
-          store_part((T*)g.dx + from * D + k, load_part(out + k, (to - from) * D - k), (to - from) * D - k);
+      if (out && group + 1 == groups.count()) round_to((T*)g.dx, sums, from * D, to * D);
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < E * chunks; item++) {
+    for (int64_t item = first * chunks; item < last * chunks; item++) {
       const int64_t i = item / chunks, d0 = item % chunks * chunk, d1 = min(d0 + chunk, D);
       const Expert& e = plan.experts[i];
       float* sum = scratch<float>(ROWS_Y, int64_t(e.size) * (chunk + VL * MAXV));

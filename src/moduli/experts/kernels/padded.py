@@ -45,7 +45,7 @@ def forward(
         torch.index_select(pre.flatten(0, 1), 0, rows, out=kept[: len(rows)])
     hidden = _activate(pre, experts, act, take("h", count, n, experts.sizes[0], like=x))
     out = take("out", count * n + 1, x.shape[1], like=x)
-    torch.bmm(hidden, experts.second, out=out[:-1].view(count, n, -1))
+    torch.bmm(hidden, _plain(experts.second, "second"), out=out[:-1].view(count, n, -1))
     out[-1] = 0  # where slots that are not active point
     y = combine(out, _places(todo, rows, count * n), routing.weights)
     if experts.out_bias is not None:
@@ -75,7 +75,7 @@ def backward(
     pre.flatten(0, 1).index_copy_(0, rows, z.view(-1, pre.shape[2])[: len(rows)])
     gate = take("gate", count, n, e, like=x) if experts.gated else None
     hidden = _activate(pre, experts, act, take("h", count, n, e, like=x), gate)
-    dh = torch.bmm(gs, experts.second.mT, out=take("dh", count, n, e, like=x))
+    dh = torch.bmm(gs, _plain(experts.second, "second").mT, out=take("dh", count, n, e, like=x))
     dweights = None
     if wanted[1]:
         own = (dh * hidden).sum(dim=-1)
@@ -88,7 +88,7 @@ def backward(
     scale = scale.view(count, n, 1)
     dh.mul_(scale)
     if second is not None:
-        torch.bmm(hidden.mul_(scale).mT, gs, out=second)
+        _product_into(second, hidden.mul_(scale).mT, gs)
     dpre = take("dz", *pre.shape, like=x)
     dz_gate, dz_up = gate_and_up(dpre, experts)
     z_gate, z_up = gate_and_up(pre, experts)
@@ -102,11 +102,11 @@ def backward(
     dx = take("out", count * n + 1, x.shape[1], like=x)
     dx_rows = dx[:-1].view(count, n, -1)
     if wanted[0]:
-        torch.bmm(dz_first, experts.first, out=dx_rows)
+        torch.bmm(dz_first, _plain(experts.first, "first"), out=dx_rows)
     if experts.up is not None and dz_up is not None:
         _into(dz_up, xs, up, up_bias)
         if wanted[0]:
-            dx_rows.baddbmm_(dz_up, experts.up)
+            dx_rows.baddbmm_(dz_up, _plain(experts.up, "first"))
     dx[-1] = 0
     dx_all = combine(dx, _places(todo, rows, count * n), None) if wanted[0] else None
     dout = None
@@ -155,7 +155,7 @@ def _first(x: Tensor, experts: StackedFFN, pre: Tensor) -> None:
         (experts.up, experts.up_bias, pre[..., width:]),
     ):
         if rows is not None:
-            torch.bmm(x, rows.mT, out=out)
+            torch.bmm(x, _plain(rows, "first").mT, out=out)
             if bias is not None:
                 out.add_(bias[:, None])
 
@@ -170,8 +170,23 @@ def _activate(
     return torch.mul(act.forward(z_gate, hidden if gate is None else gate), z_up, out=hidden)
 
 
+def _plain(weights: Tensor, name: str) -> Tensor:
+    """The weights of all experts without gaps; batched products of other layouts may be computed
+    by reference code, far slower than the copy."""
+    if weights.is_contiguous():
+        return weights
+    return take(name, *weights.shape, like=weights).copy_(weights)
+
+
+def _product_into(grad: Tensor, a: Tensor, b: Tensor) -> None:
+    if grad.is_contiguous():
+        torch.bmm(a, b, out=grad)
+    else:
+        grad.copy_(torch.bmm(a, b, out=take("grad", *grad.shape, like=grad)))
+
+
 def _into(dz: Tensor, x: Tensor, grad: Tensor | None, grad_bias: Tensor | None) -> None:
     if grad is not None:
-        torch.bmm(dz.mT, x, out=grad)
+        _product_into(grad, dz.mT, x)
     if grad_bias is not None:
         torch.sum(dz, dim=1, out=grad_bias)
