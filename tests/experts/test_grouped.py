@@ -166,8 +166,8 @@ def test_what_it_refuses() -> None:
         (x, packed, "differ in size"),
         (x, odd, "neurons per expert are 6"),
         (x, far, "unit stride"),
-        (x.double(), experts_of("plain", torch.float64), "no grouped products in torch.float64"),
-        (x.half(), whole, "tokens are torch.float16 and its weights torch.float32"),
+        (x.double(), experts_of("plain", torch.float64), "these are torch.float64"),
+        (x.half(), whole, "tokens are torch.float16 and first is torch.float32"),
     ]
     for tokens, experts, reason in cases:
         with pytest.raises(ConfigError, match=reason):

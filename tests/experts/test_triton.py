@@ -69,7 +69,7 @@ def test_what_else_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         (packed, x, usual, "differ in size"),
         (layer(torch.float64)[2], x.double(), usual, "these are torch.float64"),
         (layer(torch.bfloat16)[2], x.bfloat16(), usual, "interpreter has no products"),
-        (experts, x.half(), usual, "tokens are torch.float16 and its weights torch.float32"),
+        (experts, x.half(), usual, "tokens are torch.float16 and first is torch.float32"),
         (experts, x, Between(torch.tanh), "does not know the derivative of the activation tanh"),
         (experts, x, Between(F.gelu, after=torch.neg), "applied to the outputs"),
     ]

@@ -29,10 +29,10 @@ from moduli.experts.ffn import Fused, StackedFFN
 from moduli.experts.kernels.activations import Known
 from moduli.experts.kernels.blocks import gradients, rows_of
 from moduli.experts.kernels.combine import expert_gates
+from moduli.experts.kernels.grouped import not_alike
 from moduli.experts.kernels.order import Order, order
 from moduli.routing import Routing
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS, COLS, STEP = 64, 64, 32  # of a tile: rows, columns, and what a product takes in at once
 LEAST = 16  # of any side of a tile, for tensor cores
 
@@ -41,8 +41,6 @@ def refuses(x: Tensor, experts: StackedFFN) -> str | None:
     """Why the Triton kernel cannot compute these experts, or None."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if experts.first.dim() != 3 or len(set(experts.sizes)) > 1:
-        return "its experts differ in size"
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
             f"Triton does not compile for {x.device.type}; to try the kernel there, very slowly, "
@@ -50,11 +48,7 @@ def refuses(x: Tensor, experts: StackedFFN) -> str | None:
         )
     if x.device.type != "cuda" and x.dtype == torch.bfloat16:
         return "Triton's interpreter has no products in torch.bfloat16"
-    if x.dtype not in DTYPES:
-        return f"it computes in {', '.join(map(str, DTYPES))}, and these are {x.dtype}"
-    if experts.first.dtype != x.dtype:
-        return f"its tokens are {x.dtype} and its weights {experts.first.dtype}"
-    return None
+    return not_alike(x, experts)
 
 
 def forward(

@@ -40,11 +40,11 @@ def _activate(z, NAME: tl.constexpr):
         h = z * s
         slope = s + z * s * (1 - s)
     elif NAME == "relu":
-        h = tl.maximum(z, 0.0)
+        h = tl.where(z < 0, 0.0, z)  # NaN stays, which a maximum may drop
         slope = tl.where(z > 0, 1.0, 0.0)
     else:
         tl.static_assert(NAME == "relu_squared")
-        h = tl.maximum(z, 0.0)
+        h = tl.where(z < 0, 0.0, z)
         slope = 2 * h
         h = h * h
     return h, slope

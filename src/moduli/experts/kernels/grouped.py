@@ -27,6 +27,7 @@ from moduli.experts.kernels.order import Order, order
 from moduli.routing import Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MATRICES = ("first", "up", "second")
 ALIGNMENT = 16  # bytes
 
 
@@ -62,12 +63,9 @@ def refuses(x: Tensor, experts: StackedFFN) -> str | None:
     """Why a grouped product cannot compute these experts, or None."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no grouped products; 2.10 and newer have"
-    if experts.first.dim() != 3 or len(set(experts.sizes)) > 1:
-        return "its experts differ in size"
-    if x.dtype not in DTYPES:
-        return f"torch has no grouped products in {x.dtype}"
-    if experts.first.dtype != x.dtype:
-        return f"its tokens are {x.dtype} and its weights {experts.first.dtype}"
+    reason = not_alike(x, experts)
+    if reason is not None:
+        return reason
     if x.dtype != torch.bfloat16 and torch.compiler.is_compiling():
         return f"torch compiles grouped products in bfloat16 only, and these are {x.dtype}"
     numbers = ALIGNMENT // x.element_size()
@@ -78,13 +76,26 @@ def refuses(x: Tensor, experts: StackedFFN) -> str | None:
                 f"grouped products need rows of a multiple of {ALIGNMENT} bytes, {numbers} numbers "
                 f"of {x.dtype}, and its {name} are {width}"
             )
-    for name in ("first", "up", "second"):
+    for name in MATRICES:
         weights = getattr(experts, name)
         if weights is not None and not _aligned(weights, numbers):
             return (
                 f"grouped products need one unit stride and the others multiples of {ALIGNMENT} "
                 f"bytes, and those of {name} are {weights.stride()}"
             )
+    return None
+
+
+def not_alike(x: Tensor, experts: StackedFFN) -> str | None:
+    """What keeps experts from being computed together, or None."""
+    if experts.first.dim() != 3 or len(set(experts.sizes)) > 1:
+        return "its experts differ in size"
+    if x.dtype not in DTYPES:
+        return f"it computes in {', '.join(map(str, DTYPES))}, and these are {x.dtype}"
+    for name in MATRICES:
+        weights = getattr(experts, name)
+        if weights is not None and weights.dtype != x.dtype:
+            return f"its tokens are {x.dtype} and {name} is {weights.dtype}"
     return None
 
 
