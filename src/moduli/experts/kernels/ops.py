@@ -53,6 +53,7 @@ torch.library.define(
 
 def run(x: Tensor, routing: Routing, experts: StackedFFN, act: Known, kernel: str) -> Tensor:
     """One of `BACKENDS`, through the operator wherever somebody has to see it."""
+    _refuse_transforms()
     save = wants_gradient(x, routing, experts)
     if not save and _nobody_watches(x):
         backend = _backend(kernel, x, routing, experts, False)
@@ -62,6 +63,20 @@ def run(x: Tensor, routing: Routing, experts: StackedFFN, act: Known, kernel: st
     tensors = _operands(x, routing, experts)
     y, _ = torch.ops.moduli.experts(*tensors, experts.sizes, experts.fused, act.name, kernel, save)
     return y
+
+
+def _refuse_transforms() -> None:
+    """Derivatives that the operator does not have: some would be zero without a word."""
+    if torch.compiler.is_compiling():
+        return
+    inner = torch._C._functorch.peek_interpreter_stack()
+    backwards = inner is not None and inner.key() == torch._C._functorch.TransformType.Grad
+    if backwards or torch.autograd.forward_ad._current_level >= 0:
+        raise UnsupportedError(
+            "experts have gradients by `backward` only, not by transforms of torch.func nor by "
+            "forward-mode differentiation; choose kernel='autograd' (or 'eager'), which is made of "
+            "differentiable operations"
+        )
 
 
 def wants_gradient(x: Tensor, routing: Routing, experts: StackedFFN) -> bool:
