@@ -18,11 +18,6 @@ MACHINE = Machine(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moduli.bench.protocol.MIN_SECONDS", 1e-4)
-
-
 def test_every_part_runs_unless_some_are_named() -> None:
     assert gpu.options([]).parts == ["layers", "crossover", "routing", "launches"]
     assert gpu.options(["--parts", "routing", "--rounds", "9"]).parts == ["routing"]
