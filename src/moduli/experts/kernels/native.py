@@ -66,17 +66,26 @@ def refuses(x: Tensor, experts: StackedFFN) -> str | None:
 
 def unable(dtype: torch.dtype, width: int) -> str | None:
     """Why it cannot compute a dtype at a width on this machine."""
+    reason = _missing(dtype)
+    if reason is None and dtype == torch.bfloat16 and width % 2:
+        return "the width is odd, and bfloat16 is multiplied in pairs"
+    return reason
+
+
+def _missing(dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it computes float32 and bfloat16, not {dtype}"
     found = library()
     if isinstance(found, str):
         return found
-    if dtype == torch.bfloat16:
-        if not found.moduli_has_bf16():
-            return "this processor does not multiply bfloat16"
-        if width % 2:
-            return "the width is odd, and bfloat16 is multiplied in pairs"
+    if dtype == torch.bfloat16 and not found.moduli_has_bf16():
+        return "this processor does not multiply bfloat16"
     return None
+
+
+# What `torch.compiler.assume_constant_result` does, which takes a second to import: `torch.compile`
+# asks, and does not look at how a library is found.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward(
