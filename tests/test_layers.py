@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
         "data",
     },
 }
-FREE = {"errors", "version", "cache", ""}
+FREE = {"errors", "version", "cache", "allocator", ""}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -95,6 +95,7 @@ def test_sizes_next_to_those_of_vectors_and_blocks(
     kernel: str, dtype: torch.dtype, width: int, size: int, tokens: int, form: str, layout: str,
     bias: bool,
 ) -> None:  # fmt: skip
+    built(Case(), kernel, dtype)
     case = Case(
         tokens=tokens, width=width, sizes=(size,) * 2, top_k=1, form=form, layout=layout,
         first_bias=bias, up_bias=bias and form == "apart", out_bias=bias,

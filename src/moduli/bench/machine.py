@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from moduli.allocator import malloc_is_tuned
 from moduli.bench.protocol import Clock, measure
 from moduli.bench.settings import Settings, scope
-from moduli.experts.kernels.memory import malloc_is_tuned
 from moduli.experts.kernels.precision import fp32_is_safe, measured_precision
 from moduli.version import __version__
 

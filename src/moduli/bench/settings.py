@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from moduli.experts.kernels.memory import tune_malloc
+from moduli.allocator import tune_malloc
 from moduli.experts.kernels.precision import fast_fp32
 
 Settings = Literal["tuned", "defaults"]

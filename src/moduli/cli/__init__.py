@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from moduli.allocator import tune_malloc
 from moduli.errors import ModuliError, nearest
 from moduli.version import __version__
 
@@ -33,7 +34,8 @@ COMMANDS = {
 EXIT_CODES = """\
 exit status: 0 done; 1 failed; 2 a setting or name that cannot work; 3 the model does not fit;
 4 a checkpoint or directory; 5 data; 6 fetching; 7 training stopped; 130 Ctrl-C.
-MODULI_DEBUG=1 shows where an error comes from; MODULI_CACHE moves the cache."""
+MODULI_DEBUG=1 shows where an error comes from; MODULI_CACHE moves the cache;
+MODULI_KEEP_MALLOC=1 leaves the C library's allocator alone; MODULI_NATIVE=0 compiles nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +86,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         _say(f"error: there is no command {command!r}. {nearest(command, COMMANDS)}")
         return 2
+    if command != "bench":  # which measures with it and without
+        tune_malloc()
     run = import_module(f"moduli.cli.{command}").main
     status: int = run(rest)
     sys.stdout.flush()  # here a closed pipe is handled, at exit it is not

@@ -55,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
         ("kernels", ", ".join(sorted(KERNELS))),
         ("C++ kernel", kernels.native + _extra(kernels)),
         ("fast float32", f"{_word(kernels.fast_fp32)} ({fast})"),
-        ("allocator", "keeps freed memory" if kernels.allocator else "as the system has it"),
         ("measured in", kernels.calibration),
     ]
     for name, version in extras().items():
@@ -63,18 +62,18 @@ def main(argv: Sequence[str]) -> int:
     rows += [("cache", str(cache)), ("cached", ", ".join(cached) or "nothing yet")]
     output.text(table(("", ""), rows, text=2))
     output.text("What kernel='auto' takes for layers of 4 D neurons:")
-    columns = ("D", "E", "K", "tokens", "numbers", "", "kernel")
+    columns = ("D", "E", "K", "tokens", "numbers", "kernel")
     output.text(
         table(
             columns,
             [
                 (
                     str(c.width), str(c.experts), str(c.top_k), str(c.tokens), c.dtype,
-                    "training" if c.training else "inference", c.kernel,
+                    c.kernel,
                 )
                 for c in kernels.choices
             ],
-            text=7,
+            text=6,
         )
     )  # fmt: skip
     return 0

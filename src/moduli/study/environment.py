@@ -35,6 +35,7 @@ def hardware() -> dict[str, Any]:
     """Device that training would use, its name, threads, and whether bfloat16 pays."""
     import torch
 
+    from moduli.allocator import malloc_is_tuned
     from moduli.training.settings import bf16_supported
 
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -47,5 +48,6 @@ def hardware() -> dict[str, Any]:
         "name": name,
         "threads": torch.get_num_threads(),
         "bf16": bf16_supported(),
+        "allocator": "keeps freed memory" if malloc_is_tuned() else "as the system has it",
         "system": f"{platform.system()} {platform.machine()}",
     }

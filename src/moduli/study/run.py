@@ -173,6 +173,7 @@ def _work(
     tell: Listener,
 ) -> RunRecord:
     import moduli
+    from moduli.experts.kernels import watch_kernels
     from moduli.training.finetune import finetune, outputs_of
 
     clock = time.perf_counter
@@ -188,17 +189,18 @@ def _work(
     conversion = moduli.convert(model, method, batch=batches)
     tell(RunEvent(spec, "converted", conversion))
     converted = clock()
-    result = finetune(
-        model,
-        processor,
-        task.kind,
-        train,
-        settings=spec.settings,
-        seed=spec.seed,
-        out=partial / "checkpoints",
-        checkpoint_every=checkpoint_every,
-        on_progress=lambda progress: tell(RunEvent(spec, "step", progress)),
-    )
+    with watch_kernels() as in_training:
+        result = finetune(
+            model,
+            processor,
+            task.kind,
+            train,
+            settings=spec.settings,
+            seed=spec.seed,
+            out=partial / "checkpoints",
+            checkpoint_every=checkpoint_every,
+            on_progress=lambda progress: tell(RunEvent(spec, "step", progress)),
+        )
     trained = clock()
 
     shutil.rmtree(partial / "result", ignore_errors=True)
@@ -230,7 +232,8 @@ def _work(
         tell(RunEvent(spec, "evaluating", "validation"))
         examples, said = outputs_of(kind, model, processor, validation, max_length=length)
         chosen_by = kind.score(said, examples, validation).to_dict()
-    routed = said_to("")
+    with watch_kernels() as in_evaluation:
+        routed = said_to("")
     merged = changed = merge = None
     if moduli.is_modular(model):
         merge = moduli.merge(model).to_dict()
@@ -253,7 +256,11 @@ def _work(
             "train": trained - converted,
             "evaluate": clock() - trained,
         },
-        environment={"versions": versions(), "hardware": hardware()},
+        environment={
+            "versions": versions(),
+            "hardware": hardware(),
+            "kernels": {"training": sorted(in_training), "evaluation": sorted(in_evaluation)},
+        },
         kind=kind.name,
     )
     write_json(partial / "result" / RECORD, record.to_dict())

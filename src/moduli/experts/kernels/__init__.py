@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -19,7 +21,15 @@ from moduli.experts.kernels.eager import Between
 from moduli.experts.kernels.registry import KERNELS, Kernel, run_operator
 from moduli.routing import Routing
 
-__all__ = ["KERNELS", "Between", "Kernel", "beats_masking", "choose", "run_experts"]
+__all__ = [
+    "KERNELS",
+    "Between",
+    "Kernel",
+    "beats_masking",
+    "choose",
+    "run_experts",
+    "watch_kernels",
+]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -59,6 +69,8 @@ def run_experts(
         return run_operator(x, routing, experts, between, name)
     if name not in KERNELS:
         raise UnknownNameError(f"there is no kernel {kernel!r}. {nearest(kernel, KERNELS)}")
+    for seen in _WATCHERS:
+        seen[name] += 1
     entry = KERNELS[name]
     if kernel != "auto":
         reason = entry.refuses(x, experts, between)
@@ -68,6 +80,20 @@ def run_experts(
                 "that can"
             )
     return entry.run(x, routing, experts, between)
+
+
+@contextmanager
+def watch_kernels() -> Iterator[Counter[str]]:
+    """How often every kernel runs inside the block, by name."""
+    seen: Counter[str] = Counter()
+    _WATCHERS.append(seen)
+    try:
+        yield seen
+    finally:
+        _WATCHERS.remove(seen)
+
+
+_WATCHERS: list[Counter[str]] = []
 
 
 def _autocast(x: Tensor, experts: StackedFFN) -> tuple[Tensor, StackedFFN]:

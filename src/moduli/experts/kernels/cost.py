@@ -2,8 +2,8 @@
 
     time = c . (1, experts used, their weights, rows, rows x D, multiplications)
 
-with coefficients c >= 0 per kernel, dtype, number of threads, and with or without gradients, fitted
-to the times of a few small layers. Measured once per machine in a few seconds and kept in the
+with coefficients c >= 0 per kernel, dtype and number of threads, fitted to the forward times of a
+few small layers. Measured once per machine in a few seconds and kept in the
 cache; `moduli doctor` prints it. Where the processor works on whole vectors, so does the model:
 experts count as a multiple of 16 neurons wide.
 
@@ -69,7 +69,7 @@ def terms(kernel: str, shape: Shape) -> tuple[int | float, ...]:
 
 
 class Costs:
-    """Coefficients of kernels under one dtype, number of threads and gradient mode."""
+    """Coefficients of kernels under one dtype and number of threads."""
 
     def __init__(self, coefficients: dict[str, list[float]]) -> None:
         self.coefficients = coefficients
@@ -84,37 +84,33 @@ class Costs:
         return min(kernels, key=lambda name: self.estimate(name, shape))
 
 
-Timer = Callable[[str, Shape, torch.dtype, bool], float]
+Timer = Callable[[str, Shape, torch.dtype], float]
 
 
-def costs(dtype: torch.dtype, gradients: bool, kernels: Iterable[str], timer: Timer) -> Costs:
+def costs(dtype: torch.dtype, kernels: Iterable[str], timer: Timer) -> Costs:
     """The model for a dtype under the present number of threads; measured if it is not known.
 
     Args:
         dtype: of tokens and experts.
-        gradients: forward and backward, or forward alone.
         kernels: what to measure.
-        timer: (kernel, shape, dtype, gradients) -> seconds, called only for what is not known.
+        timer: (kernel, shape, dtype) -> seconds, called only for what is not known.
     """
-    names = tuple(sorted(kernels))
-    return measured_costs(dtype, gradients, names, torch.get_num_threads(), timer)
+    return measured_costs(dtype, tuple(sorted(kernels)), torch.get_num_threads(), timer)
 
 
 @lru_cache(maxsize=64)
-def measured_costs(
-    dtype: torch.dtype, gradients: bool, names: tuple[str, ...], threads: int, timer: Timer
-) -> Costs:
-    mode = "training" if gradients else "inference"
-    section = f"{str(dtype).removeprefix('torch.')}, {threads} threads, {mode}"
-    return Costs(measured_once(section, names, lambda name: _fit(name, dtype, gradients, timer)))
+def measured_costs(dtype: torch.dtype, names: tuple[str, ...], threads: int, timer: Timer) -> Costs:
+    """`costs`; `threads` must be the present number."""
+    section = f"{str(dtype).removeprefix('torch.')}, {threads} threads"
+    return Costs(measured_once(section, names, lambda name: _fit(name, dtype, timer)))
 
 
-def _fit(kernel: str, dtype: torch.dtype, gradients: bool, timer: Timer) -> list[float]:
+def _fit(kernel: str, dtype: torch.dtype, timer: Timer) -> list[float]:
     """Coefficients that fit the probes best in relative terms."""
     from scipy.optimize import nnls
 
     rows = np.array([terms(kernel, shape) for shape in PROBES])
-    times = np.array([timer(kernel, shape, dtype, gradients) for shape in PROBES])
+    times = np.array([timer(kernel, shape, dtype) for shape in PROBES])
     weighted = rows / times[:, None]
     scale = weighted.max(axis=0)
     found, _ = nnls(weighted / scale, np.ones(len(PROBES)))

@@ -512,6 +512,10 @@ template <class T> static void forward_few(const Layer& l, ActivateRows<float> a
     for (int64_t s = 0; s < S; s++) {
       const int e = owner[s]->size;
       act(z + s * hp * sides, e * sides, e, sides == 2, h + s * hp, e, 1);
+      if (l.z) {
+        T* keep = (T*)l.z + owner[s]->z + (s - owner[s]->begin) * owner[s]->rows;
+        for (int j = 0; j < e * sides; j++) narrow(z[s * hp * sides + j], keep[j]);
+      }
       for (int j = 0; j < e; j++) h[s * hp + j] *= l.weights[plan.slot[s]];
     }
     if (l.second.row == 1) {  // a column of the second matrix after the other

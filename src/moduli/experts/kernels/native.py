@@ -97,7 +97,7 @@ def forward(
         return y
     layer, keep = _layer(x, routing, experts, z)
     slots = routing.experts.numel()
-    few = z is None and slots <= FEW * min(slots, len(experts))
+    few = slots <= FEW * min(slots, len(experts))
     _call("forward", ctypes.byref(layer), _dtype(x), _ACTIVATIONS[act.name], few, y.data_ptr())
     del keep
     return y

@@ -54,9 +54,9 @@ torch.library.define(
 def run(x: Tensor, routing: Routing, experts: StackedFFN, act: Known, kernel: str) -> Tensor:
     """One of `BACKENDS`, through the operator wherever somebody has to see it."""
     _refuse_transforms()
-    save = wants_gradient(x, routing, experts)
+    save = _wants_gradient(x, routing, experts)
     if not save and _nobody_watches(x):
-        backend = _backend(kernel, x, routing, experts, False)
+        backend = _backend(kernel, x, routing, experts)
         with _products(backend, x):
             y: Tensor = backend.forward(x, routing, experts, act, None)
         return y
@@ -79,7 +79,7 @@ def _refuse_transforms() -> None:
         )
 
 
-def wants_gradient(x: Tensor, routing: Routing, experts: StackedFFN) -> bool:
+def _wants_gradient(x: Tensor, routing: Routing, experts: StackedFFN) -> bool:
     """Whether anybody may ask for a gradient of the output."""
     return torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in _operands(x, routing, experts)
@@ -118,7 +118,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     routing, experts = _unpack(tensors, sizes, fused)
     x = tensors[0]
     z = x.new_empty(_kept(x, routing, experts)) if save else None
-    backend = _backend(kernel, x, routing, experts, save)
+    backend = _backend(kernel, x, routing, experts)
     with _products(backend, x):
         y = backend.forward(x, routing, experts, KNOWN[activation], z)
     return y, x.new_empty(0) if z is None else z
@@ -138,13 +138,13 @@ def _kept(x: Tensor, routing: Routing, experts: StackedFFN) -> int:
     return saved_size(x.shape[0], routing.experts.shape[1], experts)
 
 
-def _backend(kernel: str, x: Tensor, routing: Routing, experts: StackedFFN, save: bool) -> Any:
+def _backend(kernel: str, x: Tensor, routing: Routing, experts: StackedFFN) -> Any:
     """The module of a kernel; "auto" of a compiled graph is decided here, from real operands, and
     in backward as in forward."""
     if kernel == "auto":
         from moduli.experts.kernels.choice import fastest  # which measures what is in this file
 
-        kernel = fastest(x, routing, experts, save, masked=False)
+        kernel = fastest(x, routing, experts, operator=True)
     return BACKENDS[kernel]
 
 
@@ -158,7 +158,7 @@ def _products(backend: Any, x: Tensor) -> AbstractContextManager[None]:
 def _backward(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
     tensors, (sizes, fused, activation, kernel, wanted) = args[:10], args[10:]
     routing, experts = _unpack(tensors, sizes, fused)
-    backend = _backend(kernel, tensors[0], routing, experts, True)
+    backend = _backend(kernel, tensors[0], routing, experts)
     with _products(backend, dy):
         found = backend.backward(
             dy.contiguous(), tensors[0], routing, experts, KNOWN[activation], z, wanted

@@ -11,7 +11,6 @@ from moduli.experts.kernels.build import library
 from moduli.experts.kernels.calibration import calibration_file
 from moduli.experts.kernels.choice import fastest_of_size
 from moduli.experts.kernels.cost import measured_costs
-from moduli.experts.kernels.memory import malloc_is_tuned
 from moduli.experts.kernels.precision import fp32_is_safe, measured_precision
 
 TYPICAL = ((768, 16, 4), (768, 64, 8))
@@ -27,7 +26,6 @@ class Choice:
     top_k: int
     tokens: int
     dtype: str
-    training: bool
     kernel: str
 
 
@@ -41,7 +39,6 @@ class Status:
         fast_fp32: whether float32 products go to the faster library.
         fp32_error: of that library over 1024 terms, relative to float64.
         fp32_gain: its speed over the other's.
-        allocator: whether this process keeps freed memory.
         calibration: the file of measurements.
         choices: what "auto" takes for typical layers.
     """
@@ -51,7 +48,6 @@ class Status:
     fast_fp32: bool
     fp32_error: float
     fp32_gain: float
-    allocator: bool
     calibration: str
     choices: tuple[Choice, ...]
 
@@ -72,20 +68,19 @@ def status(*, measure_again: bool = False) -> Status:
     choices = []
     for width, experts, top_k in TYPICAL:
         for dtype in (torch.float32, torch.bfloat16):
-            for tokens, training in ((1, False), (256, False), (4096, False), (4096, True)):
+            for tokens in (1, 256, 4096):
                 sizes = (4 * width // experts,) * experts
                 kernel = fastest_of_size(
-                    tokens, width, sizes, top_k, False, dtype, training, True, True, threads
+                    tokens, width, sizes, top_k, gated=False, dtype=dtype, threads=threads
                 )
                 name = str(dtype).removeprefix("torch.")
-                choices.append(Choice(width, experts, top_k, tokens, name, training, kernel))
+                choices.append(Choice(width, experts, top_k, tokens, name, kernel))
     return Status(
         native=found if isinstance(found, str) else "compiled",
         native_bf16=native.unable(torch.bfloat16, 2) is None,
         fast_fp32=fp32_is_safe(),
         fp32_error=error,
         fp32_gain=gain,
-        allocator=malloc_is_tuned(),
         calibration=str(calibration_file()),
         choices=tuple(choices),
     )
