@@ -360,3 +360,38 @@ def test_copies_compute_the_same(kernel: str) -> None:
     again, copied = gradients(other, kernel)
     assert torch.equal(y, again)
     assert all(torch.equal(grads[n], copied[n]) for n in grads)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("wrong", [3, -1, 2**40])
+def test_an_expert_that_is_not_there_is_an_error(tokens: int, wrong: int) -> None:
+    """Memory that is not the layer's is neither read nor written."""
+    layer = built(Case(tokens=tokens), "native")
+    index = layer.index.clone()
+    index[-1, 0] = wrong
+    other = replace(layer, index=index)
+    with pytest.raises(ConfigError, match="not there"):
+        other.run("native")
+    with torch.no_grad(), pytest.raises(ConfigError, match="not there"):
+        other.run("native")
+    mask = torch.ones_like(index, dtype=torch.bool)
+    mask[-1, 0] = False
+    assert replace(other, mask=mask).run("native").isfinite().all()
+
+
+def test_indices_of_another_integer_type() -> None:
+    layer = built(Case(tokens=40), "native")
+    narrow = replace(layer, index=layer.index.int())
+    assert torch.equal(narrow.run("native"), layer.run("native"))
+
+
+def test_weights_without_memory_of_their_own_are_refused() -> None:
+    """Sharded and quantised tensors show a type and a shape, and have no numbers to read."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    layer = built(Case(), "native")
+    for name in ("first", "second"):
+        part = layer.leaves[name].detach()
+        wrapped = replace(layer, leaves=layer.leaves | {name: TwoTensor(part, part.clone())})
+        with pytest.raises(ConfigError, match="TwoTensor"):
+            wrapped.run("native")

@@ -440,28 +440,33 @@ INLINE float lanes_sum(vf v) {
 #endif
 }
 
-// Products of N rows of length k with x; rows `ahead` elements further on will be read next.
-template <int N, class T>
+// Products of N rows of length k with x, U vectors of each at a time; the rows that lie `ahead`
+// elements further on will be read next.
+template <int N, int U, class T>
 static void dots(const T* const* row, const float* x, int64_t k, int64_t ahead, int n, float* out) {
-  vf a[N][2];
+  vf a[N][U];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; i++) a[i][0] = a[i][1] = vf{};
+  for (int i = 0; i < N; i++)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++) a[i][u] = vf{};
   int64_t p = 0;
-  for (; p + 2 * VL <= k; p += 2 * VL) {
-    const vf x0 = load(x + p), x1 = load(x + p + VL);
+  for (; p + U * VL <= k; p += U * VL) {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; i++) {
-      __builtin_prefetch(row[i] + ahead + p);
-      if (sizeof(T) == 4) __builtin_prefetch(row[i] + ahead + p + VL);
-      a[i][0] += load(row[i] + p) * x0;
-      a[i][1] += load(row[i] + p + VL) * x1;
-    }
+    for (int i = 0; i < N; i++)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; u++) {
+        if (u % 2 == 0 || sizeof(T) == 4) __builtin_prefetch(row[i] + ahead + p + u * VL);
+        a[i][u] += load(row[i] + p + u * VL) * load(x + p + u * VL);
+      }
   }
   for (; p < k; p += VL) {
     const vf x0 = load_part(x + p, k - p);
     for (int i = 0; i < N; i++) a[i][0] += load_part(row[i] + p, k - p) * x0;
   }
-  for (int i = 0; i < n; i++) out[i] = lanes_sum(a[i][0] + a[i][1]);
+  for (int i = 0; i < n; i++) {
+    for (int u = 1; u < U; u++) a[i][0] += a[i][u];
+    out[i] = lanes_sum(a[i][0]);
+  }
 }
 
 // Few tokens: every weight is read once, in the order in which it lies, and nothing is packed.
@@ -480,7 +485,7 @@ template <class T> static void forward_few(const Layer& l, ActivateRows<float> a
   // Slots of every token, for the second product.
   std::vector<std::vector<int32_t>> of(l.tokens);
   for (int64_t s = 0; s < S; s++) of[plan.token[s]].push_back(s);
-  constexpr int AT_ONCE = 4;  // rows read side by side, so that several lines are under way
+  constexpr int AT_ONCE = 4;  // short rows read side by side, so that several lines are under way
   const int64_t blocks = (hp + AT_ONCE - 1) / AT_ONCE;
 #pragma omp parallel num_threads(l.threads) if (l.threads > 1)
   {
@@ -495,9 +500,10 @@ template <class T> static void forward_few(const Layer& l, ActivateRows<float> a
         const Half<T> w = half<T>(l, e, side);
         float* to = z + s * hp * sides + side * e.size + j0;
         if (w.col == 1) {
-          const T* row[AT_ONCE];
-          for (int i = 0; i < AT_ONCE; i++) row[i] = w.data + (j0 + min(i, n - 1)) * w.row;
-          dots<AT_ONCE>(row, x, D, AT_ONCE * w.row, n, to);
+          for (int i = 0; i < n; i++) {  // one stream of whole rows: several would share its rate
+            const T* row = w.data + (j0 + i) * w.row;
+            dots<1, 4>(&row, x, D, AT_ONCE * w.row, 1, to + i);
+          }
         } else {
           for (int i = 0; i < n; i++) {
             float sum = 0;
@@ -530,7 +536,7 @@ template <class T> static void forward_few(const Layer& l, ActivateRows<float> a
             for (int i = 0; i < AT_ONCE; i++)
               row[i] = (const T*)l.second.data + e.second + (d0 + min(i, n - 1)) * l.second.col;
             float part[AT_ONCE];
-            dots<AT_ONCE>(row, h + s * hp, e.size, AT_ONCE * l.second.col, n, part);
+            dots<AT_ONCE, 2>(row, h + s * hp, e.size, AT_ONCE * l.second.col, n, part);
             const T* bias = l.out_bias ? (const T*)l.out_bias + (&e - plan.experts.data()) * D + d0 : nullptr;
             for (int i = 0; i < n; i++)
               total[i] += part[i] + (bias ? l.weights[plan.slot[s]] * wide(bias[i]) : 0.f);
@@ -1037,10 +1043,22 @@ template <class T> static void run(const Layer& l, int act, int few, void* y) {
   if (few) forward_few<T>(l, activation_of<float>(act), (T*)y);
   else forward_many<T>(l, activation_of<T>(act), (T*)y);
 }
-extern "C" void moduli_forward(const Layer* l, int dtype, int act, int few, void* y) {
-  if (dtype == 0) run<float>(*l, act, few, y); else run<bf16>(*l, act, few, y);
+// Indices are used as such, so that a wrong one would be a write to anywhere.
+static bool sound(const Layer& l) {
+  bool ok = true;
+  for (int64_t s = 0; s < l.tokens * l.top_k; s++)
+    ok &= (l.active && !l.active[s]) || uint64_t(l.index[s]) < uint64_t(l.experts);
+  return ok;
 }
-extern "C" void moduli_backward(const Layer* l, const Gradients* g, int dtype, int act) {
+// Both return 0, or 1 for a routing to experts that are not there.
+extern "C" int moduli_forward(const Layer* l, int dtype, int act, int few, void* y) {
+  if (!sound(*l)) return 1;
+  if (dtype == 0) run<float>(*l, act, few, y); else run<bf16>(*l, act, few, y);
+  return 0;
+}
+extern "C" int moduli_backward(const Layer* l, const Gradients* g, int dtype, int act) {
+  if (!sound(*l)) return 1;
   if (dtype == 0) backward<float>(*l, *g, derivative_of<float>(act));
   else backward<bf16>(*l, *g, derivative_of<bf16>(act));
+  return 0;
 }

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from moduli.errors import ConfigError
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels.activations import KNOWN, Known
 from moduli.experts.kernels.blocks import gradients
@@ -61,6 +63,9 @@ def refuses(x: Tensor, experts: StackedFFN) -> str | None:
     for matrix in (experts.first, experts.up, experts.second):
         if matrix is not None and matrix.dtype != x.dtype:
             return f"tokens are {x.dtype} and experts {matrix.dtype}"
+        without_memory: bool = is_traceable_wrapper_subclass(matrix)  # sharded, quantised
+        if without_memory:
+            return f"it reads memory, and experts are a {type(matrix).__name__}"
     return unable(x.dtype, x.shape[1])
 
 
@@ -145,7 +150,11 @@ def backward(
 def _call(name: str, *args: Any) -> None:
     found = library()
     assert not isinstance(found, str)  # `refuses` was asked
-    getattr(found, f"moduli_{name}")(*args)
+    if getattr(found, f"moduli_{name}")(*args):
+        raise ConfigError(
+            "a slot of the routing names an expert that is not there; indices are valid in every "
+            "slot that is active"
+        )
 
 
 def _dtype(x: Tensor) -> int:
@@ -157,7 +166,7 @@ def _layer(
 ) -> tuple[_Layer, list[Tensor | None]]:
     """Pointers, and the tensors that must live as long as they do."""
     x = x.contiguous()
-    index = routing.experts.contiguous()
+    index = routing.experts.long().contiguous()
     weights = routing.weights.detach().float().contiguous()
     active = None if routing.active is None else routing.active.contiguous()
     biases = [
