@@ -165,12 +165,24 @@ def test_a_layer_inside_an_expert_of_another(kernel: str) -> None:
         run_experts(outer.x(), outer.routing(), outer.experts(), activation, kernel)
 
 
+@pytest.mark.parametrize("inner", [1, 2])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_threads_computing_at_the_same_time(kernel: str) -> None:
+def test_threads_computing_at_the_same_time(kernel: str, inner: int) -> None:
+    """Each with one or two threads of its own for its products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(inner)
+    try:
+        _together(kernel, inner)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _together(kernel: str, inner: int) -> None:
     layers = [build(Case(tokens=150, width=40, seed=i, active=0.9)) for i in range(4)]
     expected = [computed(layer, kernel) for layer in layers]
 
     def work(i: int) -> bool:
+        torch.set_num_threads(inner)
         same = True
         for _ in range(5):
             y, grads = gradients(layers[i], kernel)
@@ -183,20 +195,6 @@ def test_threads_computing_at_the_same_time(kernel: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
-
-
-def test_threads_leave_the_precision_of_products_as_it_was() -> None:
-    before = torch.get_float32_matmul_precision()
-    layer = build(Case(tokens=20))
-
-    def work(_: int) -> None:
-        with torch.no_grad():
-            for _ in range(60):
-                layer.run("loop")
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert torch.get_float32_matmul_precision() == before
 
 
 def saved_bytes(layer: Layer, kernel: str, dtype: torch.dtype) -> int:
