@@ -91,7 +91,8 @@ def test_backends_of_transformers_agree_forward_and_backward(shape: str, backend
         grads = {name: p.grad for name, p in bank.named_parameters()}
         results.append({"y": y, "x": x.grad, **grads})
     for name, tensor in results[0].items():
-        torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+        gap = float((results[1][name] - tensor).norm() / tensor.norm())
+        assert gap < 1e-5, f"{name}: {gap}"
 
 
 def test_a_slot_of_weight_zero_and_one_of_another_rank_add_nothing() -> None:
@@ -100,10 +101,11 @@ def test_a_slot_of_weight_zero_and_one_of_another_rank_add_nothing() -> None:
     weights = where.weights.clone()
     weights[:, 1] = 0
     alone = bank(x, where.experts[:, :1], weights[:, :1])
-    assert torch.equal(bank(x, where.experts, weights), alone)
+    found = bank(x, where.experts, weights)
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)  # perhaps by another kernel
     elsewhere = where.experts.clone()
     elsewhere[:, 1] = E  # what expert parallelism gives for experts of other ranks
-    assert torch.equal(bank(x, elsewhere, weights), alone)
+    assert torch.equal(bank(x, elsewhere, weights), found)
 
 
 def test_padding_of_small_experts_stays_zero() -> None:
