@@ -209,8 +209,6 @@ def compiled(case: Case) -> None:
     if not stock_compiles(case.family):
         raise NotApplicableError("the stock model does not compile as one graph")
     model = case.converted()
-    for layer in owned(model):  # our loop asks the host how many tokens an expert has
-        layer.experts.implementation = "batched_mm"
     plain = case.outputs(model)
     torch._dynamo.reset()  # nothing of another cell counts against the limits of this one
     fast = case.outputs(torch.compile(model, fullgraph=True, backend="aot_eager"))

@@ -99,7 +99,8 @@ _WATCHERS: list[Counter[str]] = []
 def _autocast(x: Tensor, experts: StackedFFN) -> tuple[Tensor, StackedFFN]:
     """What autocast would have made of the operands of `F.linear`."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    available = torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, experts
     dtype = torch.get_autocast_dtype(device)
 

@@ -29,6 +29,8 @@ def choose(x: Tensor, routing: Routing, experts: StackedFFN, between: Between) -
     """Name of the kernel for these operands; `AT_RUN_TIME` while a compiler looks on."""
     if x.device.type != "cpu":
         return _on_device(x, experts, between)
+    if torch._C._are_functorch_transforms_active():  # `torch.func` wants plain operations
+        return "eager" if KERNELS["masked"].refuses(x, experts, between) else "masked"
     if unusual(between) is not None:
         if not torch.compiler.is_compiling():
             return "autograd"

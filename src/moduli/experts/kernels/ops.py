@@ -56,7 +56,7 @@ def run(x: Tensor, routing: Routing, experts: StackedFFN, act: Known, kernel: st
     _refuse_transforms()
     save = _wants_gradient(x, routing, experts)
     if not save and _nobody_watches(x):
-        backend = _backend(kernel, x, routing, experts)
+        backend = BACKENDS[_resolved(kernel, x, routing, experts)]
         with _products(backend, x):
             y: Tensor = backend.forward(x, routing, experts, act, None)
         return y
@@ -118,9 +118,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     routing, experts = _unpack(tensors, sizes, fused)
     x = tensors[0]
     z = x.new_empty(_kept(x, routing, experts)) if save else None
-    backend = _backend(kernel, x, routing, experts)
-    with _products(backend, x):
-        y = backend.forward(x, routing, experts, KNOWN[activation], z)
+    name = _resolved(kernel, x, routing, experts)
+    with _products(BACKENDS[name], x):
+        y = BACKENDS[name].forward(x, routing, experts, KNOWN[activation], z)
+    if z is not None and kernel == "auto":
+        z[-1] = list(BACKENDS).index(name)
     return y, x.new_empty(0) if z is None else z
 
 
@@ -138,14 +140,13 @@ def _kept(x: Tensor, routing: Routing, experts: StackedFFN) -> int:
     return saved_size(x.shape[0], routing.experts.shape[1], experts)
 
 
-def _backend(kernel: str, x: Tensor, routing: Routing, experts: StackedFFN) -> Any:
-    """The module of a kernel; "auto" of a compiled graph is decided here, from real operands, and
-    in backward as in forward."""
-    if kernel == "auto":
-        from moduli.experts.kernels.choice import fastest  # which measures what is in this file
+def _resolved(kernel: str, x: Tensor, routing: Routing, experts: StackedFFN) -> str:
+    """The kernel; "auto" of a compiled graph is decided here, from real operands."""
+    if kernel != "auto":
+        return kernel
+    from moduli.experts.kernels.choice import fastest  # which measures what is in this file
 
-        kernel = fastest(x, routing, experts, operator=True)
-    return BACKENDS[kernel]
+    return fastest(x, routing, experts, operator=True)
 
 
 def _products(backend: Any, x: Tensor) -> AbstractContextManager[None]:
@@ -158,7 +159,9 @@ def _products(backend: Any, x: Tensor) -> AbstractContextManager[None]:
 def _backward(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
     tensors, (sizes, fused, activation, kernel, wanted) = args[:10], args[10:]
     routing, experts = _unpack(tensors, sizes, fused)
-    backend = _backend(kernel, tensors[0], routing, experts)
+    if kernel == "auto":  # forward left its choice in the last number, which nothing else uses
+        kernel = list(BACKENDS)[int(z[-1])]
+    backend = BACKENDS[kernel]
     with _products(backend, dy):
         found = backend.backward(
             dy.contiguous(), tensors[0], routing, experts, KNOWN[activation], z, wanted

@@ -8,6 +8,7 @@ So a probe decides once, and the setting is only on around our own products.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -30,12 +31,25 @@ def fast_fp32(on: bool | None = None) -> Iterator[None]:
     if not (fp32_is_safe() if on is None else on):
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    # The setting is the process's own, and several threads may be inside at the same time: the
+    # first one in remembers what it was, the last one out restores it.
+    global _inside, _before
+    with _LOCK:
+        if _inside == 0:
+            _before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+        _inside += 1
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        with _LOCK:
+            _inside -= 1
+            if _inside == 0:
+                torch.set_float32_matmul_precision(_before)
+
+
+_LOCK = threading.Lock()
+_inside, _before = 0, "highest"
 
 
 @lru_cache(maxsize=1)
