@@ -21,6 +21,9 @@ from moduli.experts.kernels.eager import Between
 from moduli.experts.kernels.registry import KERNELS, unusual
 from moduli.routing import Routing
 
+FUSED_SHARE = 0.4
+"""Up to this share of the experts the fused kernel is always better than the dense product."""
+
 AT_RUN_TIME = "auto"
 """What a compiled graph contains: the operator, which chooses when it knows its operands."""
 
@@ -101,11 +104,13 @@ def fastest_of_size(
         return "loop"  # float64 and float16 are not worth measuring
     slots, count = tokens * top_k, len(sizes)
     able = ["loop", "padded"] if len(set(sizes)) == 1 else ["loop"]
-    if native_may and native.unable(dtype, width) is None:
+    fused = native_may and native.unable(dtype, width) is None
+    if fused:
         if slots <= native.FEW * min(slots, count):
             return "native"  # reads the weights where they lie, which nothing else can beat
         able.append("native")
-    if not operator:
+    # Whatever was measured while the machine was busy: all neurons cost more than few of them.
+    if not operator and not (fused and top_k <= FUSED_SHARE * count):
         able.append("masked")
     shape = Shape(tokens, width, count, top_k, sum(sizes) / count, gated)
     return costs(dtype, able, measure).fastest(able, shape)

@@ -25,8 +25,8 @@ from moduli.experts.kernels.calibration import measured_once
 LANES = 16
 # Rows of a padded batch over rows used, at the load of a router that is not trained to balance.
 PADDING = 1.4
-REPEATS = 5
-PATIENCE = 0.1  # seconds for one shape, should a kernel be slow
+REPEATS = 7
+PATIENCE = 0.2  # seconds for one shape, should a kernel be slow
 
 
 @dataclass(frozen=True)
