@@ -41,7 +41,7 @@ $ moduli bench --model smollm2 --task generate
   figures that rest on fewer than three clean samples.
 - Everything is measured twice, in processes of their own: *tuned*, where the dense layer and
   transformers' backends get our allocator and float32 settings too, and with *defaults*.
-- Only ratios are compared. Milliseconds are of the machine named above each table.
+- Only ratios are shown, since times are of one machine; the records hold both.
 
 Columns: *floor*, time over floor; *peer*, times as fast as the best of transformers' backends and
 dense (for experts of their own, of the backends), which *best peer* names; *dense*, time over the
@@ -114,7 +114,7 @@ def _part(part: Part) -> list[str]:
             lines += ["", "Time over floor with the compiled kernel and without:", ""]
             lines += _markdown(columns, body)
     if part.models:
-        lines += ["", *_markdown(*model_table(part.models), text=2)]
+        lines += ["", *_markdown(*model_table(part.models, rates=False), text=2)]
     return lines
 
 

@@ -39,7 +39,7 @@ def summary(rows: Sequence[LayerRow], *, wide: bool = False) -> tuple[Cells, lis
 
     Args:
         rows: of one process.
-        wide: with milliseconds, the best peer and the share of peak, too wide for a terminal.
+        wide: with the best peer and the share of peak, too wide for a terminal.
 
     Returns:
         Titles and cells; columns that say nothing here are left out.
@@ -53,7 +53,6 @@ def summary(rows: Sequence[LayerRow], *, wide: bool = False) -> tuple[Cells, lis
         line = {
             "T D E/K": short(row.case),
             "auto": (row.choice or MISSING) + thin,
-            "ms": _ms(None if auto is None else auto.ms),
             "floor": _against(row.to_floor(auto), by.get("floor")),
             "peer": _against(row.ahead(auto), by.get("peer")),
             "best peer": MISSING if peer is None else peer.name.removeprefix("transformers "),
@@ -65,7 +64,7 @@ def summary(rows: Sequence[LayerRow], *, wide: bool = False) -> tuple[Cells, lis
             "met": MISSING if not found else _verdict(missed),
         }
         if not wide:
-            del line["ms"], line["best peer"], line["peak"]
+            del line["best peer"], line["peak"]
         lines.append(line)
     used = [title for title in lines[0] if any(line[title] != MISSING for line in lines)]
     return tuple(used), [tuple(line[title] for title in used) for line in lines]
@@ -113,9 +112,9 @@ def compiled(rows: Sequence[LayerRow]) -> tuple[Cells, list[Cells]]:
     return ("T D E/K", "compiled", "without"), body
 
 
-def model_table(rows: Sequence[ModelRow]) -> tuple[Cells, list[Cells]]:
-    """One line per model, task and settings."""
-    columns = ("", "settings", "dense tokens/s", "emoe tokens/s", "emoe / dense")
+def model_table(rows: Sequence[ModelRow], *, rates: bool = True) -> tuple[Cells, list[Cells]]:
+    """One line per model, task and settings; without `rates`, what holds elsewhere too."""
+    columns: Cells = ("", "settings", "dense tokens/s", "emoe tokens/s", "emoe / dense")
     body: list[Cells] = [
         (
             row.case.label,
@@ -126,6 +125,8 @@ def model_table(rows: Sequence[ModelRow]) -> tuple[Cells, list[Cells]]:
         )
         for row in rows
     ]
+    if not rates:
+        columns, body = (*columns[:2], columns[4]), [(*line[:2], line[4]) for line in body]
     return columns, body
 
 
