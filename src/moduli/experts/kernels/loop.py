@@ -152,9 +152,10 @@ def _first(x: Tensor, part: Blocks, pre: Tensor) -> None:
 
 
 def _linear(x: Tensor, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    torch.mm(x, rows.T, out=out)
-    if bias is not None:
-        out.add_(bias)
+    if bias is None:
+        torch.mm(x, rows.T, out=out)
+    else:  # in one step, so that short types are rounded once, as `F.linear` does
+        torch.addmm(bias, x, rows.T, out=out)
 
 
 def _activate(

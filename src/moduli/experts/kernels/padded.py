@@ -155,9 +155,11 @@ def _first(x: Tensor, experts: StackedFFN, pre: Tensor) -> None:
         (experts.up, experts.up_bias, pre[..., width:]),
     ):
         if rows is not None:
-            torch.bmm(x, _plain(rows, "first").mT, out=out)
-            if bias is not None:
-                out.add_(bias[:, None])
+            columns = _plain(rows, "first").mT
+            if bias is None:
+                torch.bmm(x, columns, out=out)
+            else:  # in one step, so that short types are rounded once, as `F.linear` does
+                torch.baddbmm(bias[:, None], x, columns, out=out)
 
 
 def _activate(
