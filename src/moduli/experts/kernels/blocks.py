@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moduli.experts.ffn import StackedFFN
+from moduli.experts.kernels.activations import Known
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,39 @@ def gate_and_up(pre: Tensor, experts: StackedFFN) -> tuple[Tensor, Tensor | None
         return pre[..., 0::2], pre[..., 1::2]
     gate, up = pre.chunk(2, dim=-1)
     return gate, up
+
+
+def activate_into(
+    pre: Tensor, experts: StackedFFN, act: Known, hidden: Tensor, gate: Tensor | None = None
+) -> Tensor:
+    """Activations of pre-activations [..., R] into `hidden` [..., e], which is returned; of gated
+    experts act(gate) goes into `gate`, if given."""
+    z_gate, z_up = gate_and_up(pre, experts)
+    if z_up is None:
+        return act.forward(z_gate, hidden)
+    return torch.mul(act.forward(z_gate, hidden if gate is None else gate), z_up, out=hidden)
+
+
+def differentiate_into(
+    dh: Tensor, pre: Tensor, experts: StackedFFN, act: Known, gate: Tensor | None, dpre: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of pre-activations into `dpre` [..., R], as its gate and up part.
+
+    Args:
+        dh: gradient of the activations [..., e], which is used up.
+        pre: pre-activations.
+        experts: whose they are.
+        act: their activation.
+        gate: act(gate) of gated experts.
+        dpre: like `pre`.
+    """
+    (dz_gate, dz_up), (z_gate, z_up) = gate_and_up(dpre, experts), gate_and_up(pre, experts)
+    if z_up is None or dz_up is None or gate is None:
+        act.backward(dh, z_gate, dz_gate)
+    else:
+        torch.mul(dh, gate, out=dz_up)
+        act.backward(dh.mul_(z_up), z_gate, dz_gate)
+    return dz_gate, dz_up
 
 
 def rows_of(experts: StackedFFN) -> list[int]:

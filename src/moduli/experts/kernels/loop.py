@@ -24,7 +24,14 @@ from torch import Tensor
 
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels.activations import Known
-from moduli.experts.kernels.blocks import Blocks, blocks, gate_and_up, gradients, rows_of
+from moduli.experts.kernels.blocks import (
+    Blocks,
+    activate_into,
+    blocks,
+    differentiate_into,
+    gradients,
+    rows_of,
+)
 from moduli.experts.kernels.combine import combine, expert_gates
 from moduli.experts.kernels.plan import plan
 from moduli.experts.kernels.workspace import take
@@ -55,7 +62,7 @@ def forward(
         else:  # rows beyond `count` are overwritten by the next expert
             pre = z[used : used + rows * width].view(rows, width)
         _first(gathered[:rows], part, pre)
-        hidden = _activate(pre, experts, act, take("h", rows, e, like=x))
+        hidden = activate_into(pre, experts, act, take("h", rows, e, like=x))
         torch.mm(hidden, part.second, out=out[start : start + rows])
         start, used = start + count, used + count * width
     out[total] = 0  # where slots that are not active point
@@ -101,7 +108,7 @@ def backward(
         x_rows, g_rows = xs[:rows], gs[:rows]
         pre = z[used : used + rows * width].view(rows, width)
         gate = take("gate", rows, e, like=x) if experts.gated else None
-        hidden = _activate(pre, experts, act, take("h", rows, e, like=x), gate)
+        hidden = activate_into(pre, experts, act, take("h", rows, e, like=x), gate)
         dh = torch.mm(g_rows, part.second.T, out=take("dh", rows, e, like=x))
         if wanted[1]:
             own = (dh[:count] * hidden[:count]).sum(dim=1)
@@ -114,13 +121,7 @@ def backward(
         if grad.second is not None:
             torch.mm(hidden.mul_(scale).T, g_rows, out=grad.second)
         dpre = take("dz", rows, width, like=x)
-        dz_gate, dz_up = gate_and_up(dpre, experts)
-        z_gate, z_up = gate_and_up(pre, experts)
-        if z_up is None or dz_up is None or gate is None:
-            act.backward(dh, z_gate, dz_gate)
-        else:
-            torch.mul(dh, gate, out=dz_up)
-            act.backward(dh.mul_(z_up), z_gate, dz_gate)
+        dz_gate, dz_up = differentiate_into(dh, pre, experts, act, gate, dpre)
         dx = dx_rows[start : start + rows]
         start, used = start + count, used + count * width
         dz_first = dpre if part.up is None else dz_gate
@@ -156,16 +157,6 @@ def _linear(x: Tensor, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.mm(x, rows.T, out=out)
     else:  # in one step, so that short types are rounded once, as `F.linear` does
         torch.addmm(bias, x, rows.T, out=out)
-
-
-def _activate(
-    pre: Tensor, experts: StackedFFN, act: Known, hidden: Tensor, gate: Tensor | None = None
-) -> Tensor:
-    """Activations of one expert into `hidden`; of gated ones act(gate) into `gate`, if given."""
-    z_gate, z_up = gate_and_up(pre, experts)
-    if z_up is None:
-        return act.forward(z_gate, hidden)
-    return torch.mul(act.forward(z_gate, hidden if gate is None else gate), z_up, out=hidden)
 
 
 def _into(dz: Tensor, x: Tensor, grad: Tensor | None, grad_bias: Tensor | None) -> None:

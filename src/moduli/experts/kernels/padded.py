@@ -1,8 +1,8 @@
 """All experts in one batched product, each padded to the busiest one's number of rows.
 
 A few large calls instead of several per expert: for few tokens and many narrow experts of about
-equal load. Its cost follows the busiest expert, so a skewed router is sent
-to `loop`, which keeps the same numbers for backward.
+equal load. Its cost follows the busiest expert, so a skewed routing is
+sent to `loop`, which keeps the same numbers for backward.
 
 Letters: T tokens, D width, E experts, e neurons of one expert, R rows of its first matrices, K
 experts per token, n rows of the busiest expert (padded), S active slots.
@@ -18,7 +18,7 @@ from torch import Tensor
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels import loop
 from moduli.experts.kernels.activations import Known
-from moduli.experts.kernels.blocks import gate_and_up, gradients, rows_of
+from moduli.experts.kernels.blocks import activate_into, differentiate_into, gradients, rows_of
 from moduli.experts.kernels.combine import combine, expert_gates
 from moduli.experts.kernels.plan import Plan, plan
 from moduli.experts.kernels.workspace import take
@@ -43,7 +43,7 @@ def forward(
     if z is not None:
         kept = z.view(-1, pre.shape[2])
         torch.index_select(pre.flatten(0, 1), 0, rows, out=kept[: len(rows)])
-    hidden = _activate(pre, experts, act, take("h", count, n, experts.sizes[0], like=x))
+    hidden = activate_into(pre, experts, act, take("h", count, n, experts.sizes[0], like=x))
     out = take("out", count * n + 1, x.shape[1], like=x)
     torch.bmm(hidden, _plain(experts.second, "second"), out=out[:-1].view(count, n, -1))
     out[-1] = 0  # where slots that are not active point
@@ -74,7 +74,7 @@ def backward(
     pre = take("z", count, n, max(rows_of(experts)), like=x).zero_()
     pre.flatten(0, 1).index_copy_(0, rows, z.view(-1, pre.shape[2])[: len(rows)])
     gate = take("gate", count, n, e, like=x) if experts.gated else None
-    hidden = _activate(pre, experts, act, take("h", count, n, e, like=x), gate)
+    hidden = activate_into(pre, experts, act, take("h", count, n, e, like=x), gate)
     dh = torch.bmm(gs, _plain(experts.second, "second").mT, out=take("dh", count, n, e, like=x))
     dweights = None
     if wanted[1]:
@@ -90,13 +90,7 @@ def backward(
     if second is not None:
         _product_into(second, hidden.mul_(scale).mT, gs)
     dpre = take("dz", *pre.shape, like=x)
-    dz_gate, dz_up = gate_and_up(dpre, experts)
-    z_gate, z_up = gate_and_up(pre, experts)
-    if z_up is None or dz_up is None or gate is None:
-        act.backward(dh, z_gate, dz_gate)
-    else:
-        torch.mul(dh, gate, out=dz_up)
-        act.backward(dh.mul_(z_up), z_gate, dz_gate)
+    dz_gate, dz_up = differentiate_into(dh, pre, experts, act, gate, dpre)
     dz_first = dpre if experts.up is None else dz_gate
     _into(dz_first, xs, first, first_bias)
     dx = take("out", count * n + 1, x.shape[1], like=x)
@@ -160,16 +154,6 @@ def _first(x: Tensor, experts: StackedFFN, pre: Tensor) -> None:
                 torch.bmm(x, columns, out=out)
             else:  # in one step, so that short types are rounded once, as `F.linear` does
                 torch.baddbmm(bias[:, None], x, columns, out=out)
-
-
-def _activate(
-    pre: Tensor, experts: StackedFFN, act: Known, hidden: Tensor, gate: Tensor | None = None
-) -> Tensor:
-    """Activations into `hidden`; of gated experts act(gate) into `gate`, if given."""
-    z_gate, z_up = gate_and_up(pre, experts)
-    if z_up is None:
-        return act.forward(z_gate, hidden)
-    return torch.mul(act.forward(z_gate, hidden if gate is None else gate), z_up, out=hidden)
 
 
 def _plain(weights: Tensor, name: str) -> Tensor:
