@@ -3,9 +3,9 @@
     time = c . (1, experts used, their weights, rows, rows x D, multiplications)
 
 with coefficients c >= 0 per kernel, dtype and number of threads, fitted to the forward times of a
-few small layers. Measured once per machine in a few seconds and kept in the
-cache; `moduli doctor` prints it. Where the processor works on whole vectors, so does the model:
-experts count as a multiple of 16 neurons wide.
+few small layers, measured once per machine and kept in the cache; `moduli doctor` shows what
+follows. Where the processor works on whole vectors, so does the model: experts count as a multiple
+of 16 neurons wide.
 
 Letters: T tokens, D width, E experts, e neurons of one expert, K experts per token.
 """
