@@ -91,7 +91,9 @@ def test_the_choice_is_one_that_can_be_made(tokens: int) -> None:
     size = {"gated": False, "threads": torch.get_num_threads()}
     found = fastest_of_size(tokens, 64, (16,) * 8, 2, dtype=torch.float32, **size)
     assert found in KERNELS
-    assert fastest_of_size(tokens, 64, (16,) * 8, 2, dtype=torch.float16, **size) == "loop"
+    other = fastest_of_size(tokens, 64, (16,) * 8, 2, dtype=torch.float64, **size)
+    assert other in KERNELS
+    assert other != "native"
     ragged = fastest_of_size(tokens, 64, (15, 17) * 4, 2, dtype=torch.float32, **size)
     assert ragged != "padded"
 
