@@ -1,4 +1,4 @@
-"""Imports point downhill: cli, then study, then methods, training, surgery, experts, routing."""
+"""Imports point downhill: cli, study, inspect, methods, training, surgery, experts, routing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"training", "surgery", "experts", "routing", "losses", "data"},
     "methods": {"training", "surgery", "experts", "routing", "losses", "data"},
     "bench": {"methods", "training", "surgery", "experts", "routing", "losses", "data"},
-    "study": {"methods", "training", "surgery", "experts", "routing", "losses", "data"},
+    "inspect": {"methods", "training", "surgery", "experts", "routing", "losses", "data"},
+    "study": {"inspect", "methods", "training", "surgery", "experts", "routing", "losses", "data"},
     "cli": {
-        *("study", "bench", "methods", "training", "surgery", "experts", "routing", "losses"),
+        *("study", "inspect", "bench", "methods", "training", "surgery", "experts", "routing"),
+        "losses",
         "data",
     },
 }
