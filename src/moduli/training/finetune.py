@@ -29,6 +29,7 @@ from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
 from moduli.training.metrics import Scores
 from moduli.training.plain import BATCH_SIZE, outputs_of_batch
 from moduli.training.settings import FinetuneSettings
+from moduli.training.trainable import expect_updates
 
 TOKENS = 4096
 """Tokens in a batch of an evaluation, padding included: the logits of a language model have a row
@@ -67,6 +68,7 @@ def finetune(
     out: Path | None = None,
     checkpoint_every: int | None = None,
     on_progress: Callable[[Any], None] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> FinetuneResult:
     """Train `model` in place on `train`.
 
@@ -74,7 +76,8 @@ def finetune(
     bit, also across a kill and a resume.
 
     Args:
-        model: a transformers model with the head of the task, dense or converted.
+        model: a transformers model with the head of the task, dense or converted; what
+            `moduli.training.trainable.prepare` returned, for other settings than trains="all".
         tokenizer: its tokenizer, image processor or feature extractor; texts are cut to
             `settings.max_length` and padded per batch.
         task_kind: "classification" or another kind (`moduli.training.kinds`).
@@ -86,6 +89,7 @@ def finetune(
             it. None: no checkpoints.
         checkpoint_every: steps between checkpoints; None: one per epoch.
         on_progress: called with a `moduli.training.callbacks.Progress` after each step.
+        callbacks: more callbacks for the Trainer.
 
     Raises:
         ConfigError: there is no such kind.
@@ -124,7 +128,10 @@ def finetune(
             checkpoint_every=checkpoint_every,
             on_progress=on_progress,
             stop=stop,
+            callbacks=callbacks,
         )
+        if checkpoint is not None:
+            expect_updates(model)
         try:
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except TrainingError as error:
@@ -283,6 +290,7 @@ def _trainer(
     checkpoint_every: int | None,
     on_progress: Callable[[Any], None] | None,
     stop: threading.Event,
+    callbacks: Sequence[Any],
 ) -> Any:
     from torch.utils.data import DataLoader, Dataset
     from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -342,7 +350,7 @@ def _trainer(
         train_dataset=examples.items,
         data_collator=collate,
         processing_class=processor,
-        callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save)],
+        callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save), *callbacks],
         compute_loss_func=kind.loss,
     )
     # The forward of a classifier takes **kwargs, from which the Trainer concludes that it divides

@@ -6,6 +6,7 @@ written, who watches the progress) is an argument of `moduli.training.finetune.f
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -40,8 +41,21 @@ class FinetuneSettings:
     """Gradients are scaled down to this norm."""
     bf16: bool | Literal["auto"] = "auto"
     """bfloat16 autocast in training: "auto" uses it where the hardware computes in it."""
+    trains: str = "all"
+    """What is trained: all, head, last:N (the last N blocks and the head) or lora (low-rank
+    factors, the head, learned routers, and experts with parameters of their own)."""
+    lora_rank: int = 8
+    """With lora: rank of the factors."""
+    lora_alpha: int = 16
+    """With lora: the product of the factors is scaled by alpha / rank."""
+    lora_dropout: float = 0.1
+    """With lora: probability of dropping inputs of the factors."""
+    lora_targets: tuple[str, ...] = ()
+    """With lora: ends of the names of the layers that get factors (query, intermediate.dense), or
+    all-linear. Default: what PEFT takes for the model's family."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # JSON has lists
         positive = (
             "epochs",
             "learning_rate",
@@ -49,6 +63,8 @@ class FinetuneSettings:
             "gradient_accumulation_steps",
             "max_length",
             "max_grad_norm",
+            "lora_rank",
+            "lora_alpha",
         )
         for name in positive:
             if not getattr(self, name) > 0:
@@ -59,6 +75,18 @@ class FinetuneSettings:
             raise ConfigError(f"warmup is {self.warmup}: a share of the steps, in [0, 1).")
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay is {self.weight_decay}; it has to be 0 or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout}: a probability, in [0, 1).")
+        if not re.fullmatch(r"all|head|lora|last:[1-9]\d*", self.trains):
+            raise ConfigError(
+                f"trains is {self.trains!r}; it is all, head, lora or last:N with N of 1 or more."
+            )
+
+    @property
+    def last_blocks(self) -> int | None:
+        """N of trains="last:N", or None."""
+        _, _, count = self.trains.partition(":")
+        return int(count) if count else None
 
     def resolved(self) -> FinetuneSettings:
         """The same settings with `bf16="auto"` replaced by what this machine will do."""
