@@ -12,6 +12,7 @@ import pytest
 from moduli.errors import ConfigError
 from moduli.inspect.charts import Bars, HeatMap
 from moduli.inspect.figures import (
+    EXPERTS,
     ROWS,
     all_charts,
     by_class,
@@ -99,6 +100,31 @@ def test_of_many_classes_the_least_alike_are_shown(inspection: Inspection) -> No
     (chart,) = by_class(dataclasses.replace(inspection, layers=(many,)))
     assert len(chart.rows) == ROWS
     assert "apart" in chart.rows
+
+
+def test_of_many_windows_neighbours_are_averaged() -> None:
+    random = np.random.default_rng(0)
+    shares = random.dirichlet(np.ones(4), 95)
+    held = Selection(tuple(range(10, 960, 10)), {"mlp": tuple(map(tuple, shares.tolist()))})
+    (chart,) = selection({"m": held}, "mlp")
+    assert len(chart.rows) == ROWS
+    assert chart.rows[-1] == "950"
+    first = int(chart.rows[0]) // 10
+    assert chart.values[0] == pytest.approx(4 * shares[:first].mean(0))
+    assert np.sum(chart.values, axis=1) == pytest.approx(np.full(ROWS, 4.0))
+
+
+def test_of_many_experts_the_most_used_are_paired() -> None:
+    big = made_inspection(E=100, L=1)
+    (chart,) = coselection(big)
+    (layer,) = big.layers
+    assert len(chart.values) == EXPERTS
+    kept = set(map(int, chart.rows))
+    left = set(range(100)) - kept
+    assert min(layer.load[e] for e in kept) >= max(layer.load[e] for e in left)
+    assert layer.coselection is not None
+    i, j = int(chart.rows[3]), int(chart.columns[7])
+    assert chart.values[3][7] == pytest.approx(100 * layer.coselection[i][j])
 
 
 def test_a_cell_is_as_strong_as_its_value() -> None:

@@ -9,6 +9,7 @@ Letters: E experts, L layers, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from moduli.errors import ConfigError, nearest
@@ -18,7 +19,9 @@ from moduli.inspect.text import layer_names
 
 EQUAL = "× equal share"
 ROWS = 40
-"""Rows of a map of classes or tokens at most."""
+"""Rows of a map of classes, tokens or windows at most."""
+EXPERTS = 64
+"""Experts of a map of pairs at most."""
 
 
 def figures(inspection: Inspection) -> dict[str, Any]:
@@ -67,44 +70,55 @@ def load(inspection: Inspection) -> list[Bars]:
 def by_domain(inspection: Inspection) -> list[HeatMap]:
     """Which experts the domains use, by layer; none where there are fewer than two domains."""
     return [
-        _shares(
-            name,
-            "domain",
-            {d: layer.by_domain[d] for d in inspection.domains if d in layer.by_domain},
-        )
+        _shares(name, "domain", layer.by_domain, layer)
         for name, layer in _named(inspection)
         if len(layer.by_domain) > 1
     ]
 
 
 def by_class(inspection: Inspection) -> list[HeatMap]:
-    """Which experts the classes use, by layer; of many classes those least like all the others."""
+    """Which experts the classes use, by layer; none where there are fewer than two classes."""
     return [
-        _shares(name, "class", {c: layer.by_class[c] for c in _least_alike(layer)})
+        _shares(name, "class", layer.by_class, layer)
         for name, layer in _named(inspection)
         if len(layer.by_class) > 1
     ]
 
 
 def coselection(inspection: Inspection) -> list[HeatMap]:
-    """Which experts are chosen together, by layer; none for layers that choose only one."""
+    """Which experts are chosen together, by layer; none for layers that choose only one.
+
+    Of many experts those most used are shown.
+    """
     maps = []
     for name, layer in _named(inspection):
         if layer.coselection is None or layer.top_k < 2 or layer.num_experts < 2:
             continue
+        used = sorted(range(layer.num_experts), key=lambda e: -layer.load[e])
+        shown = sorted(used[:EXPERTS])
+        all_shown = len(shown) == layer.num_experts
         # How often an expert is chosen at all would drown what it is chosen with.
         cells: list[list[Cell]] = [
-            [None if i == j else 100 * value for j, value in enumerate(row)]
-            for i, row in enumerate(layer.coselection)
+            [None if i == j else 100 * layer.coselection[i][j] for j in shown] for i in shown
         ]
         maps.append(
-            HeatMap(title=name, values=cells, x="expert", y="expert", unit="% of tokens chose both")
+            HeatMap(
+                title=name if all_shown else f"{name}, the {EXPERTS} experts most used",
+                values=cells,
+                x="expert",
+                y="expert",
+                unit="% of tokens chose both",
+                rows=() if all_shown else tuple(map(str, shown)),
+                columns=() if all_shown else tuple(map(str, shown)),
+            )
         )
     return maps
 
 
 def selection(selections: Mapping[str, Selection], layer: str) -> list[HeatMap]:
     """Which experts were chosen in the course of training: one panel per method, on one scale.
+
+    Of many windows neighbours are averaged.
 
     Args:
         selections: by the name that the panel gets.
@@ -119,21 +133,34 @@ def selection(selections: Mapping[str, Selection], layer: str) -> list[HeatMap]:
                 f"selection over training was not recorded for {layer}. "
                 f"{nearest(layer, held.shares)}"
             )
-    shares = {name: [_relative(row) for row in s.shares[layer]] for name, s in selections.items()}
-    top = max((value for rows in shares.values() for row in rows for value in row), default=0.0)
+    rows = {name: _windows(held, layer) for name, held in selections.items() if held.steps}
+    top = max(
+        (value for found in rows.values() for row in found.values() for value in row), default=0.0
+    )
     return [
         HeatMap(
             title=name,
-            values=shares[name],
+            values=list(found.values()),
             x="expert",
             y="step",
             unit=EQUAL,
-            rows=tuple(map(str, held.steps)),
+            rows=tuple(map(str, found)),
             top=top,
         )
-        for name, held in selections.items()
-        if held.steps
+        for name, found in rows.items()
     ]
+
+
+def _windows(held: Selection, layer: str) -> dict[int, list[float]]:
+    """Shares by the last step of a window, in at most ROWS rows."""
+    starts = [*spread(len(held.steps), ROWS), len(held.steps)]
+    rows = held.shares[layer]
+    return {
+        held.steps[end - 1]: _relative(
+            [sum(e) / (end - start) for e in zip(*rows[start:end], strict=True)]
+        )
+        for start, end in pairwise(starts)
+    }
 
 
 def overlap(inspection: Inspection) -> list[HeatMap]:
@@ -151,7 +178,7 @@ def overlap(inspection: Inspection) -> list[HeatMap]:
             values=cells,
             x="layer",
             y="layer",
-            unit="normalised mutual information",
+            unit="mutual information",
             rows=names,
             columns=names,
         )
@@ -182,6 +209,7 @@ def activations(inspection: Inspection) -> list[HeatMap]:
                     x="expert" if order == "by expert" else "block of neurons",
                     y="token",
                     unit="% of the neurons positive",
+                    rows=tuple(map(str, shown)),
                     top=top,
                 )
             )
@@ -198,24 +226,18 @@ def _named(inspection: Inspection) -> list[tuple[str, LayerInspection]]:
     return list(zip(names, inspection.layers, strict=True))
 
 
-def _shares(name: str, what: str, shares: Mapping[str, Sequence[float]]) -> HeatMap:
-    return HeatMap(
-        title=name,
-        values=[_relative(row) for row in shares.values()],
-        x="expert",
-        y=what,
-        unit=EQUAL,
-        rows=tuple(shares),
-    )
+def _shares(
+    name: str, what: str, groups: Mapping[str, Sequence[float]], layer: LayerInspection
+) -> HeatMap:
+    """Shares of groups of tokens; of many groups those least like all tokens together."""
+    far = sorted(groups, key=lambda group: -distance(groups[group], layer.load))[:ROWS]
+    rows = tuple(group for group in groups if group in far)
+    values = [_relative(groups[group]) for group in rows]
+    return HeatMap(title=name, values=values, x="expert", y=what, unit=EQUAL, rows=rows)
 
 
 def _relative(shares: Sequence[float]) -> list[float]:
     return [len(shares) * share for share in shares]
-
-
-def _least_alike(layer: LayerInspection) -> list[str]:
-    far = sorted(layer.by_class, key=lambda c: -distance(layer.by_class[c], layer.load))[:ROWS]
-    return [name for name in layer.by_class if name in far]
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -67,7 +67,6 @@ def render_page(inspection: Inspection, *, command: Sequence[str]) -> str:
         figures={name: list(map(chart_svg, found)) for name, found in few.items()},
         left_out={name: len(found) - len(few[name]) for name, found in charts.items()},
         rows=figures.ROWS,
-        classes=max((len(layer.by_class) for layer in inspection.layers), default=0),
         hues=HUES,
         traces=_traces(inspection),
         command=shlex.join(command),

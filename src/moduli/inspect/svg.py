@@ -27,6 +27,8 @@ VARIABLES = {
 
 STRENGTHS = 8
 """Of the colour of a heat map, besides none at all."""
+EMPTY = -1
+"""Stands for the strength of a cell without a value."""
 EM = 5.2
 """Room for one character of a label, in the unit of the figures."""
 LINE = 11.0
@@ -95,7 +97,7 @@ def _heat_map(chart: HeatMap, width: int) -> str:
     ]
     for r in range(0, R, _stride(R, down)):
         parts.append(_text(left - 3, top + (r + 0.5) * down + 3, rows[r], anchor="end"))
-    for c in range(0, C, _stride(C, across, 1.0 if upright else len(columns[-1]) * 0.6)):
+    for c in range(0, C, _stride(C, across, 1.0 if upright else len(columns[-1]) * 0.7)):
         x = left + (c + 0.5) * across
         if upright:
             parts.append(_text(x + 3, bottom + 3, columns[c], anchor="end", turn=True))
@@ -103,15 +105,16 @@ def _heat_map(chart: HeatMap, width: int) -> str:
             parts.append(_text(x, bottom + 9, columns[c], anchor="middle"))
     parts.append(_text(8.0, (top + bottom) / 2, chart.y, anchor="middle", turn=True))
     parts.append(_text(left + across * C / 2, foot + 9, chart.x, anchor="middle"))
-    parts += _scale(chart, left, foot + 1.6 * LINE)
+    parts += _scale(chart, left, foot + 1.6 * LINE, width)
     return _svg(chart.title, width, foot + 2.8 * LINE, parts)
 
 
 def _cells(chart: HeatMap) -> str:
     """One path per strength, on a grid of unit cells; equal neighbours in a row are one stroke."""
     paths: dict[int, list[str]] = {}
+    scale = STRENGTHS / chart.end if chart.end > 0 else 0.0
     for r, row in enumerate(chart.values):
-        levels = [_level(value, chart.end) for value in row]
+        levels = [EMPTY if v is None else min(STRENGTHS, round(scale * v)) for v in row]
         start = 0
         for c in range(1, len(levels) + 1):
             if c == len(levels) or levels[c] != levels[start]:
@@ -125,22 +128,16 @@ def _cells(chart: HeatMap) -> str:
     )
 
 
-def _level(value: float | None, end: float) -> int:
-    """0 to STRENGTHS; -1 is an empty cell."""
-    if value is None:
-        return -1
-    return round(STRENGTHS * min(1.0, max(0.0, value / end))) if end > 0 else 0
-
-
 def _fill(level: int) -> str:
-    if level < 0:
+    if level == EMPTY:
         return 'style="fill:var(--rule)"'
     return f'fill-opacity="{level / STRENGTHS:.3g}"'
 
 
-def _scale(chart: HeatMap, x: float, y: float) -> list[str]:
+def _scale(chart: HeatMap, x: float, y: float, width: int) -> list[str]:
     """What the strengths of a heat map mean."""
-    side = 8.0
+    side, meaning = 8.0, f"{chart.end:.3g} {chart.unit}"
+    x = max(LINE, min(x, width - side * (STRENGTHS + 1) - EM * len(meaning)))
     swatches = "".join(
         f'<path {_fill(level)} d="M{level} 0h1v1H{level}"/>' for level in range(STRENGTHS + 1)
     )
@@ -151,7 +148,7 @@ def _scale(chart: HeatMap, x: float, y: float) -> list[str]:
         f'shape-rendering="crispEdges" style="fill:var(--series-0)">{swatches}</g>',
         f'<rect x="{x:.5g}" y="{y:.5g}" width="{side * (STRENGTHS + 1):.5g}" height="{side:.5g}" '
         'style="fill:none;stroke:var(--rule)" stroke-width=".8"/>',
-        _text(end + 3, y + 7.5, f"{chart.end:.3g} {chart.unit}"),
+        _text(end + 3, y + 7.5, meaning),
     ]
 
 
@@ -182,7 +179,7 @@ def _bars(chart: Bars, width: int) -> str:
         _text(8.0, (top + bottom) / 2, chart.unit, anchor="middle", turn=True),
         _text(left, bottom + 2.1 * LINE, f"{chart.x}; dashed: {chart.line_label}"),
     ]
-    for c in range(0, C, _stride(C, across, len(str(C)) * 0.6)):
+    for c in range(0, C, _stride(C, across, len(str(C)) * 0.7)):
         parts.append(_text(left + (c + 0.5) * across, bottom + 9, str(c), anchor="middle"))
     return _svg(chart.title, width, bottom + 2.6 * LINE, parts)
 
