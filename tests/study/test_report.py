@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moduli.inspect.svg import VARIABLES
 from moduli.study.compare import Study
-from moduli.study.figures import VARIABLES
 from moduli.study.records import Failure, RunRecord
 from moduli.study.report import render_report, summary_dict, write_report
 from moduli.study.table import tabulate
