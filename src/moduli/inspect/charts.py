@@ -16,6 +16,8 @@ from moduli.errors import ConfigError
 from moduli.inspect.text import shortened, visible
 
 Cell = float | None
+TICKS = 20
+"""Names along one side of a matplotlib map at most."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Bars:
 Chart = HeatMap | Bars
 
 
-def draw(charts: Sequence[Chart], *, columns: int = 3) -> Any:
+def draw(charts: Sequence[Chart], *, columns: int = 2) -> Any:
     """A matplotlib figure with one panel per chart.
 
     Args:
@@ -111,7 +113,7 @@ def draw(charts: Sequence[Chart], *, columns: int = 3) -> Any:
     figure = Figure(figsize=(5.0 * columns, 3.4 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for chart, axes in zip(charts, panels, strict=False):
-        # A dollar sign in a name of the data is no formula.
+        # A dollar sign in a name is no formula.
         axes.set_title(visible(chart.title), fontsize="medium", parse_math=False)
         axes.set_xlabel(chart.x)
         if isinstance(chart, Bars):
@@ -132,10 +134,15 @@ def _draw_map(chart: HeatMap, axes: Any, figure: Any) -> None:
         cells, cmap="Blues", vmin=0, vmax=chart.end or 1, aspect="auto", interpolation="nearest"
     )
     axes.set_ylabel(chart.y)
+    # A dollar sign in a name is no formula.
     if chart.rows:
-        names = [shortened(name, 24) for name in chart.rows]
-        axes.set_yticks(range(len(names)), names, parse_math=False)
+        axes.set_yticks(*_ticks(chart.rows), parse_math=False)
     if chart.columns:
-        names = [shortened(name, 24) for name in chart.columns]
-        axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+        axes.set_xticks(*_ticks(chart.columns), rotation=90, parse_math=False)
     figure.colorbar(image, ax=axes, label=chart.unit)
+
+
+def _ticks(names: Sequence[str]) -> tuple[range, list[str]]:
+    """Places and names of at most TICKS cells, evenly."""
+    places = range(0, len(names), -(-len(names) // TICKS))
+    return places, [shortened(names[place], 24) for place in places]
