@@ -14,6 +14,7 @@ from transformers import BertForSequenceClassification, set_seed
 
 import moduli
 from moduli.errors import ConfigError
+from moduli.surgery.locate import find_ffns
 from moduli.surgery.modular import routed_layers
 from moduli.training.callbacks import Progress
 from moduli.training.finetune import finetune, predict
@@ -257,6 +258,14 @@ def test_all_linear_layers_but_those_that_train_in_full() -> None:
     with_factors = {n for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
     assert any("intermediate.dense" in name for name in with_factors)
     assert not any("classifier" in name or "router" in name for name in with_factors)
+
+
+def test_ffns_are_found_beside_heads_that_train_in_full() -> None:
+    """RoBERTa's head is two linear layers, which an FFN might be made of."""
+    model = families.build("roberta")
+    before = [ffn.name for ffn in find_ffns(model)]
+    adapted: Any = prepare(model, settings(trains="lora"))
+    assert [ffn.name for ffn in find_ffns(adapted.get_base_model())] == before
 
 
 @pytest.mark.parametrize(

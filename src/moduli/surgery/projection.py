@@ -7,6 +7,7 @@ over processes (FSDP2).
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -89,14 +90,14 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def full_copies(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers in PEFT's `modules_to_save` wrapper, by name within it; empty for others."""
+    """The layers in PEFT's `modules_to_save` wrapper, by name within it; empty for others, such
+    as a wrapper of a whole head or router, whatever layers that has inside."""
     if type(module).__name__ != "ModulesToSaveWrapper":
         return {}
-    names = ("original_module", "modules_to_save")
     return {
         name: inner
         for name, inner in module.named_modules()
-        if name.split(".")[0] in names and is_matrix(inner)
+        if re.fullmatch(r"original_module|modules_to_save\.[^.]+", name) and is_matrix(inner)
     }
 
 
