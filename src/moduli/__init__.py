@@ -20,6 +20,8 @@ from moduli.registration import install as _install
 from moduli.version import __version__
 
 if TYPE_CHECKING:
+    from moduli.inspect.inspecting import inspect_model
+    from moduli.inspect.watching import watch
     from moduli.methods.api import convert, load
     from moduli.methods.emoe import EMoE
     from moduli.methods.registry import register
@@ -38,6 +40,7 @@ _VERBS = {
     "convert": "moduli.methods.api",
     "dense": "moduli.surgery.modular",
     "export": "moduli.surgery.export",
+    "inspect_model": "moduli.inspect.inspecting",
     "is_modular": "moduli.surgery.modular",
     "load": "moduli.methods.api",
     "merge": "moduli.surgery.merge",
@@ -45,6 +48,7 @@ _VERBS = {
     "register_experts": "moduli.registration",
     "save": "moduli.surgery.checkpoint",
     "set_top_k": "moduli.surgery.convert",
+    "watch": "moduli.inspect.watching",
 }
 
 __all__ = [
@@ -56,6 +60,7 @@ __all__ = [
     "convert",
     "dense",
     "export",
+    "inspect_model",
     "is_modular",
     "load",
     "merge",
@@ -63,6 +68,7 @@ __all__ = [
     "register_experts",
     "save",
     "set_top_k",
+    "watch",
 ]
 
 _install()

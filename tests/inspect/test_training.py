@@ -74,6 +74,16 @@ def test_counts_are_of_real_tokens_in_training(tmp_path: Path) -> None:
     assert every.result().padding
 
 
+def test_what_a_capacity_drops_is_counted_when_asked(tmp_path: Path) -> None:
+    kept, chosen = (SelectionOverTraining(every=2, dropped=dropped) for dropped in (False, True))
+    for callback in (kept, chosen):
+        train(tmp_path, callback, model=models.split("bert", capacity_factor=0.5))
+    tokens = sum(int(row["attention_mask"].sum()) for row in tiny.rows("bert", ROWS))
+    for layer, windows in chosen.windows.items():
+        assert torch.tensor(windows).sum() == 2 * tokens
+        assert torch.tensor(kept.windows[layer]).sum() < 2 * tokens
+
+
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_resumed_run_has_the_record_of_an_undisturbed_one(tmp_path: Path, restore: bool) -> None:
     whole = SelectionOverTraining(every=4)

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "methods times seeds on one task; a table with intervals, and a report",
     "eval": "scores of a model on the domains of a task",
     "predict": "labels and probabilities for texts, as JSON lines",
+    "inspect": "which experts do what: load, domains, tokens; tables and a page",
     "convert": "turn a dense model into a modular one, or show what would be converted",
     "merge": "turn a modular model into an ordinary dense checkpoint",
     "export": "write a modular decoder as a stock mixture-of-experts checkpoint",

@@ -1,7 +1,7 @@
 """Run a model over data and say what its experts do.
 
     inspection = inspect_model(model, tokenizer, task, max_rows=256)
-    print(inspection.table())
+    inspection.table(), inspection.figures(), inspection.write(path)
 
 Letters: B batch, S sequence.
 """

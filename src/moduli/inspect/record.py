@@ -96,11 +96,13 @@ class Selection:
         steps: the last optimiser step of every window.
         shares: [W][E] share of the selections in a window, by layer; a row sums to 1.
         padding: whether selections by padding were counted.
+        dropped: whether selections that a capacity dropped were counted.
     """
 
     steps: tuple[int, ...]
     shares: Mapping[str, Matrix]
     padding: bool = False
+    dropped: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Selection:
@@ -243,6 +245,18 @@ class Inspection:
                 "activations": tuple(map(ActivationPattern.from_dict, data["activations"])),
             }
         )
+
+    def table(self) -> tuple[tuple[str, ...], ...]:
+        """One row of words per layer, the first row being the titles."""
+        from moduli.inspect.tables import layer_rows
+
+        return layer_rows(self)
+
+    def figures(self) -> dict[str, Any]:
+        """What it shows as matplotlib figures, by name."""
+        from moduli.inspect.figures import figures
+
+        return figures(self)
 
     def write(self, path: Path) -> None:
         """Write it as JSON, completely or not at all.

@@ -6,9 +6,10 @@
     selection.result()
 
 Every `every` optimiser steps a window is closed: the selections of every expert in the training
-forward passes since the last one, as shares. EMoE's reference counts the choices of padding too
-(`padding=True`) and so does its figure. Evaluation in between is not counted. A checkpoint holds
-what was counted so far, so that a killed and resumed run has the record of an undisturbed one.
+forward passes since the last one, as shares. EMoE's reference, and so its figure, also counts the
+choices of padding and those that a capacity drops (`padding=True, dropped=True`). Evaluation in
+between is not counted. A checkpoint holds what was counted so far, so that a killed and resumed
+run has the record of an undisturbed one.
 
 With several processes each counts what it sees. Where gradient checkpointing runs a layer twice,
 both count, which leaves the shares as they are.
@@ -39,16 +40,18 @@ class SelectionOverTraining(TrainerCallback, ExportableState):
     Args:
         every: optimiser steps in a window.
         padding: count what padding chose, too.
+        dropped: count choices that a capacity dropped, too.
 
     Raises:
         ConfigError: `every` is below 1.
     """
 
-    def __init__(self, every: int = 100, padding: bool = False) -> None:
+    def __init__(self, every: int = 100, padding: bool = False, dropped: bool = False) -> None:
         if every < 1:
             raise ConfigError(f"every is {every}; a window has at least 1 step")
         self.every = every
         self.padding = padding
+        self.dropped = dropped
         self.steps: list[int] = []
         self.windows: dict[str, list[list[int]]] = {}  # [W][E] by layer
         self.counts: dict[str, Tensor] = {}  # [E] by layer, of the window that is open
@@ -78,7 +81,9 @@ class SelectionOverTraining(TrainerCallback, ExportableState):
                 return
             seen = Seen(layer, routing, None if self.padding else real)
             keep = real_tokens(seen)[:, None].expand_as(routing.experts)
-            if routing.active is not None:
+            # Where every expert has a slot (expert choice), idle ones were not chosen at all.
+            chosen = self.dropped and routing.experts.shape[1] < sizes[layer]
+            if routing.active is not None and not chosen:
                 keep = keep & routing.active
             found = torch.bincount(routing.experts[keep], minlength=sizes[layer])
             self.counts[layer] = self.counts[layer].to(found.device) + found
@@ -112,12 +117,12 @@ class SelectionOverTraining(TrainerCallback, ExportableState):
             layer: tuple(shares(torch.tensor(row).double()) for row in rows)
             for layer, rows in self.windows.items()
         }
-        return Selection(steps=tuple(self.steps), shares=found, padding=self.padding)
+        return Selection(tuple(self.steps), found, padding=self.padding, dropped=self.dropped)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds; called by Trainer."""
         return {
-            "args": {"every": self.every, "padding": self.padding},
+            "args": {"every": self.every, "padding": self.padding, "dropped": self.dropped},
             "attributes": {
                 "steps": list(self.steps),
                 "windows": {layer: [list(row) for row in w] for layer, w in self.windows.items()},
