@@ -50,7 +50,7 @@ def test_eval_repeats_the_scores_of_the_run(
     routed = run_json("eval", "--json", "--model", str(tuned), *task_options)
     assert routed["scores"] == record["scores"]
     merged = run_json("eval", "--json", "--dense", "--model", str(tuned), *task_options)
-    assert merged["scores"] == record["merged"]
+    assert merged["scores"] == record["variants"]["merged"]["scores"]
     assert merged["scores"] != routed["scores"]
 
 

@@ -11,7 +11,7 @@ import moduli
 from moduli.data.task import Splits, Task
 from moduli.methods.dense import Dense
 from moduli.study.compare import Study, compare
-from moduli.study.spec import MethodSpec, Plan
+from moduli.study.plan import Plan, TaskSpec, arm
 from moduli.training.settings import FinetuneSettings
 
 GOOD = ("excellent", "great", "lovely", "superb", "reliable", "delightful")
@@ -43,10 +43,9 @@ def make_plan(model: Path, **changes: object) -> Plan:
     emoe = moduli.EMoE(num_experts=16, top_k=8, split="contiguous")
     given = {
         "model": str(model),
-        "task": "made",
-        "data": {},
-        "train_domain": "shop",
-        "methods": (MethodSpec.of(Dense()), MethodSpec.of(emoe)),
+        "tasks": (TaskSpec("made"),),
+        "sources": (("shop",),),
+        "arms": (arm(Dense()), arm(emoe)),
         "seeds": (0, 1),
         "settings": SETTINGS,
     }
@@ -71,4 +70,4 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def study(plan: Plan, task: Task, root: Path) -> Study:
     """Four finished runs under `root`."""
-    return compare(plan, task, root, keep_models=("emoe",))
+    return compare(plan, [task], root, keep_models=("emoe",))

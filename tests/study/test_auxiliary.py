@@ -8,7 +8,7 @@ from pathlib import Path
 import moduli
 from moduli.data.task import Task
 from moduli.study.compare import compare
-from moduli.study.spec import MethodSpec
+from moduli.study.plan import arm
 from tests.study.conftest import SETTINGS, make_plan
 
 
@@ -19,15 +19,15 @@ def test_the_auxiliary_loss_is_part_of_what_a_run_minimises(
     method = moduli.EMoE(num_experts=16, top_k=8, split="contiguous", gate="linear")
     plan = make_plan(
         minilm_path,
-        methods=tuple(
-            MethodSpec.of(dataclasses.replace(method, aux=aux, aux_weight=weight))
+        arms=tuple(
+            arm(dataclasses.replace(method, aux=aux, aux_weight=weight))
             for aux in ("none", "switch")
         ),
         seeds=(0,),
         settings=dataclasses.replace(SETTINGS, max_steps=2, learning_rate=1e-8),
     )
-    study = compare(plan, task, tmp_path)
+    study = compare(plan, [task], tmp_path)
     assert not study.failures
-    plain, balanced = (record.final_loss for record in study.records)
+    plain, balanced = (record.final_loss for record in study.records.values())
     # A layer's switch loss is about 1 where experts are used evenly, and never 0.
     assert balanced - plain > 0.5 * weight * layers

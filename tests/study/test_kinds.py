@@ -16,12 +16,12 @@ from moduli.data.kinds import KINDS
 from moduli.data.task import DataOptions, Task
 from moduli.errors import CheckpointError
 from moduli.methods.dense import Dense
-from moduli.study.compare import best_by_validation, check, compare
+from moduli.study.compare import best_by_validation, compare
 from moduli.study.handback import hand_back
+from moduli.study.plan import Plan, TaskSpec, arm
 from moduli.study.records import RunRecord, read_record
 from moduli.study.report import render_report, summary_dict
 from moduli.study.run import execute
-from moduli.study.spec import MethodSpec, Plan
 from moduli.study.tuned import (
     describe_rows,
     evaluate_task,
@@ -59,10 +59,9 @@ def plan_of(kind: str, root: Path) -> tuple[Plan, Task, str]:
     data = tinykinds.write_rows(kind, root / "data")
     plan = Plan(
         model=str(tinykinds.write_model(kind, root / "base")),
-        task=data,
-        data=options_of(kind),
-        train_domain=None,
-        methods=(MethodSpec.of(Dense()), MethodSpec.of(EMOE)),
+        tasks=(TaskSpec(data, options_of(kind)),),
+        sources=(),
+        arms=(arm(Dense()), arm(EMOE)),
         seeds=(0, 1),
         settings=SETTINGS,
     )
@@ -73,7 +72,7 @@ def plan_of(kind: str, root: Path) -> tuple[Plan, Task, str]:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp(request.param)
     plan, task, data = plan_of(request.param, root)
-    spec = check(plan, task)[1]
+    spec = plan.runs([task])[1].spec
     record = execute(spec, task, root / "run", keep_model=True)
     return Run(task, record, root / "run", data)
 
@@ -81,16 +80,15 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_the_record_has_every_number_of_the_kind(run: Run) -> None:
     kind = get_kind(run.task.kind)
     assert read_record(run.directory).kind == run.record.kind == kind.name
-    assert run.record.merged is not None
-    assert run.record.validation is not None
     numbers = {metric.name for metric in kind.metrics} | {"n"}
-    for scores in (run.record.scores, run.record.merged):
+    for scores in (run.record.scores, run.record.variants["merged"].scores):
         assert set(scores) == set(run.task.domains)
         for found in scores.values():
             assert set(found) == numbers
             assert found["n"] > 0
             assert math.isfinite(found[kind.primary.name])
-    assert set(run.record.validation) == numbers
+    assert set(run.record.validation) == set(run.task.domains)
+    assert all(set(found) == numbers for found in run.record.validation.values())
     assert run.record.conversion is not None
     assert len(run.record.conversion["layers"]) >= tinykinds.LAYERS
     assert run.record.final_loss < 20
@@ -99,7 +97,8 @@ def test_the_record_has_every_number_of_the_kind(run: Run) -> None:
 def test_the_kept_model_repeats_its_scores_routed_and_merged(run: Run) -> None:
     kind = get_kind(run.task.kind)
     assert model_kind(str(run.directory)) == kind
-    for dense, expected in ((False, run.record.scores), (True, run.record.merged)):
+    merged = run.record.variants["merged"].scores
+    for dense, expected in ((False, run.record.scores), (True, merged)):
         model, processor = load_tuned(str(run.directory), kind, dense=dense)
         assert moduli.is_modular(model) is not dense
         found = evaluate_task(model, processor, run.task, max_length=SETTINGS.max_length)
@@ -160,8 +159,8 @@ def prove(run: Run, target: Path) -> None:
     proof = hand_back(run.record, run.directory, run.task, target / "model")
     assert proof.identical
     primary = get_kind(run.task.kind).primary.name
-    assert run.record.merged is not None
-    assert proof.merged == {d: s[primary] for d, s in run.record.merged.items()}
+    merged = run.record.variants["merged"].scores
+    assert proof.merged == {d: s[primary] for d, s in merged.items()}
     assert proof.routed == {d: s[primary] for d, s in run.record.scores.items()}
     assert "moduli" not in json.loads((target / "model" / "config.json").read_text())
 
@@ -169,17 +168,18 @@ def prove(run: Run, target: Path) -> None:
 @pytest.mark.parametrize("kind", ["regression", "language-modeling"])
 def test_a_comparison_of_losses_says_that_lower_is_better(kind: str, tmp_path: Path) -> None:
     plan, task, _ = plan_of(kind, tmp_path)
-    study = compare(plan, task, tmp_path / "study")
+    study = compare(plan, [task], tmp_path / "study")
     assert not study.failures
     primary = get_kind(kind).primary
     assert not primary.higher_is_better
-    best = best_by_validation(study.of(plan.methods[1]))
-    values = [r.validation[primary.name] for r in study.of(plan.methods[1]).values()]  # type: ignore[index]
-    assert best.validation is not None
-    assert best.validation[primary.name] == min(values)
+    finished = study.finished(1)
+    best = best_by_validation(finished)
+    domain = best.spec.trained_on
+    values = [record.validation[domain][primary.name] for _, record in finished]
+    assert best.validation[domain][primary.name] == min(values)
     summary = summary_dict(study)
     assert summary["tables"][0]["metric"] == primary.name
     assert "points" not in " ".join(summary["headline"])
-    html = render_report(study, command=["moduli", "compare"])
+    html = render_report(study, inspections={}, command=["moduli", "compare"])
     assert "lower is better" in html
     assert f"<h2>{primary.title.capitalize()}</h2>" in html

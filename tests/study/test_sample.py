@@ -18,10 +18,9 @@ from moduli.errors import CheckpointError, DataError, UnknownNameError
 from moduli.methods.base import Method
 from moduli.methods.dense import Dense
 from moduli.study import sample
-from moduli.study.compare import check
+from moduli.study.plan import Plan, TaskSpec, arm
 from moduli.study.run import execute
 from moduli.study.sample import rows_to_show, sample_batches, task_batches
-from moduli.study.spec import MethodSpec, Plan
 from moduli.study.tuned import load_any
 from moduli.training.kinds.base import get_kind
 from moduli.training.settings import FinetuneSettings
@@ -116,15 +115,14 @@ def test_a_run_trains_what_data_made(kind: str, method: Method, tmp_path: Path) 
     task = task_of(kind, tmp_path / "data")
     plan = Plan(
         model=str(tinykinds.write_model(kind, tmp_path / "base")),
-        task=kind,
-        data={},
-        train_domain=None,
-        methods=(MethodSpec.of(method),),
+        tasks=(TaskSpec(kind),),
+        sources=(),
+        arms=(arm(method),),
         seeds=(0,),
         settings=FinetuneSettings(max_steps=2, batch_size=8, max_length=16, bf16=False),
     )
-    (spec,) = check(plan, task)
-    record = execute(spec, task, tmp_path / "run")
+    (run,) = plan.runs([task])
+    record = execute(run.spec, task, tmp_path / "run")
     assert record.conversion is not None
     assert record.conversion["probe"] == "the given inputs"
     assert record.steps == 2

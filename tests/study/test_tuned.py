@@ -26,7 +26,7 @@ CLASSES = get_kind("classification")
 def test_classes_are_matched_by_name_and_not_by_number(
     study: Study, task: Task, root: Path
 ) -> None:
-    record = study.records[1]
+    record = study.finished(1)[0][1]
     model, tokenizer = load_tuned(str(root / record.spec.key), CLASSES)
     length = trained_length(str(root / record.spec.key))
     assert length == 16
@@ -53,7 +53,7 @@ def test_classes_are_matched_by_name_and_not_by_number(
 
 
 def test_splits_are_those_that_were_asked_for(study: Study, task: Task, root: Path) -> None:
-    model, tokenizer = load_tuned(str(root / study.records[1].spec.key), CLASSES, dense=True)
+    model, tokenizer = load_tuned(str(root / study.finished(1)[0][1].spec.key), CLASSES, dense=True)
     every = evaluate_task(model, tokenizer, task, split="all", max_length=16)
     assert {score.n for score in every.values()} == {48}
     with pytest.raises(ConfigError, match="'tests'"):
@@ -76,7 +76,7 @@ def test_texts_without_labels_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_model_says_what_it_is_for(study: Study, root: Path, minilm_path: Path) -> None:
-    tuned = root / study.records[1].spec.key
+    tuned = root / study.finished(1)[0][1].spec.key
     assert model_kind(str(tuned)) == CLASSES
     assert model_kind(str(minilm_path)) is None
     with pytest.raises(CheckpointError, match="for classification, not a regression model"):

@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from moduli.cli.output import Output
     from moduli.cli.tables import accuracy_table, difference_table, mean_table
     from moduli.data import load_task, resolve_model
+    from moduli.study.compare import collect
     from moduli.study.demo import demo_plan, run_demo
     from moduli.study.report import summary_dict
     from moduli.study.table import tabulate
@@ -40,17 +41,18 @@ def main(argv: Sequence[str]) -> int:
     output = Output(args.json)
     plan = demo_plan(args.seeds)
     resolve_model(plan.model, on_event=output.note)
-    task = load_task(plan.task, on_event=output.note, **plan.data)
-    dense, emoe = plan.methods
+    (named,) = plan.tasks
+    task = load_task(named.name, on_event=output.note, **named.data)
+    dense, emoe = (one.method for one in plan.arms)
     output.text(
-        f"MiniLM fine-tuned on {plan.data['max_train']} {plan.train_domain} sentences, "
+        f"MiniLM fine-tuned on {named.data['max_train']} {plan.sources[0][0]} sentences, "
         f"{plan.settings.epochs} epochs, seeds {' '.join(map(str, plan.seeds))}",
         f"{dense.name}: every neuron for every token",
         f"{emoe.name}: in the last two layers {emoe.config['num_experts']} experts, "
         f"{emoe.config['top_k']} of them per token",
         "",
     )
-    with StudyProgress(output.log, runs=len(plan.methods) * len(plan.seeds)) as progress:
+    with StudyProgress(output.log, collect(plan, [task], args.root)) as progress:
         done = run_demo(
             plan,
             task,
@@ -72,8 +74,7 @@ def main(argv: Sequence[str]) -> int:
     output.text(mean_table(result), "")
     output.text(f"difference to {dense.name} in points, paired by seed")
     output.text(difference_table(result), "", *headline(result), "")
-    validation = done.chosen.validation
-    assert validation is not None
+    validation = done.chosen.validation[done.chosen.spec.trained_on]
     output.text(
         f"Handed back: {back.directory}, an ordinary checkpoint "
         f"({emoe.name} seed {done.chosen.spec.seed}, merged; best on validation, "

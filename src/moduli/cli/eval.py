@@ -59,5 +59,5 @@ def main(argv: Sequence[str]) -> int:
     )
     shown = {name: score.to_dict() for name, score in scores.items()}
     output.data({"model": args.model, "split": args.split, "dense": args.dense, "scores": shown})
-    output.text(score_table(shown, None, kind))
+    output.text(score_table(shown, (), kind))
     return 0

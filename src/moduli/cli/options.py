@@ -91,11 +91,16 @@ class Training(Data):
     model: str
     """The pretrained model: a name that `moduli fetch` knows (minilm), a directory, or a
     Hugging Face name."""
-    train_domain: str | None = None
-    """The domain to train on; the others are only tested on. Default: the first one."""
     settings: tyro.conf.OmitArgPrefixes[FinetuneSettings] = field(default_factory=FinetuneSettings)
     checkpoint_every: int | None = None
     """Steps between checkpoints from which an interrupted run goes on. Default: one per epoch."""
+
+
+def groups_of(words: Sequence[str]) -> tuple[tuple[str, ...], ...] | str:
+    """Groups of domains to train on: "each", "leave-one-out", or a word with commas for each."""
+    if len(words) == 1 and words[0] in ("each", "leave-one-out"):
+        return words[0]
+    return tuple(tuple(name.strip() for name in word.split(",")) for word in words)
 
 
 def parse(command: str, kind: type[Args], argv: Sequence[str]) -> Args:
@@ -119,15 +124,6 @@ def parse_with_method(command: str, kind: type[Args], argv: Sequence[str]) -> tu
     made.__doc__ = kind.__doc__
     parsed: Any = tyro.cli(made, prog=f"moduli {command}", args=list(argv), config=CONFIG)
     return parsed, parsed.method
-
-
-def parse_method(command: str, argv: Sequence[str]) -> Any:
-    """A method with its settings, as the second and later ones of `compare` are given."""
-    from moduli.methods.registry import get_method
-
-    if argv and not argv[0].startswith("-"):
-        get_method(argv[0])  # raises with the nearest names
-    return tyro.cli(_methods(), prog=f"moduli {command} ... +", args=list(argv), config=CONFIG)
 
 
 def _methods() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table as RichTable
@@ -16,12 +16,12 @@ from moduli.training.metrics import Metric
 
 
 def score_table(
-    scores: Mapping[str, Mapping[str, Any]], train_domain: str | None, kind: TaskKind
+    scores: Mapping[str, Mapping[str, Any]], train_domains: Sequence[str], kind: TaskKind
 ) -> RichTable:
     """One row per domain: every metric of the kind, and n."""
     rows = []
     for name, found in scores.items():
-        title = f"{name} (trained on)" if name == train_domain else name
+        title = f"{name} (trained on)" if name in train_domains else name
         numbers = [value(found[metric.name], metric) for metric in kind.metrics]
         rows.append((title, *numbers, str(found["n"])))
     # a column is one word wide: "balanced", "micro-F1", "loss"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moduli.cli.options import Training, parse_with_method
+from moduli.cli.options import Training, groups_of, parse_with_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,9 @@ class Tune(Training):
 
     out: Path | None = None
     """Directory of the result. Default: runs/ and the hash of all settings."""
+    train_domain: str | None = None
+    """The domain to train on, or several with commas between them; the others are only tested on.
+    Default: the first one."""
     seed: int = 0
     """New head, order of the data, dropout."""
 
@@ -40,9 +43,9 @@ def main(argv: Sequence[str]) -> int:
     from moduli.cli.output import Output
     from moduli.cli.tables import score_table
     from moduli.data import load_task
-    from moduli.study.compare import check
+    from moduli.study.compare import Study
     from moduli.study.run import execute
-    from moduli.study.spec import MethodSpec, Plan
+    from moduli.study.plan import Plan, TaskSpec, arm
     from moduli.training.kinds.base import get_kind
 
     output = Output(args.json)
@@ -51,16 +54,16 @@ def main(argv: Sequence[str]) -> int:
         output.note(note)
     plan = Plan(
         model=args.model,
-        task=args.data,
-        data=args.data_options(),
-        train_domain=args.train_domain,
-        methods=(MethodSpec.of(method),),
+        tasks=(TaskSpec(args.data, args.data_options()),),
+        sources=groups_of(() if args.train_domain is None else (args.train_domain,)),
+        arms=(arm(method),),
         seeds=(args.seed,),
         settings=args.settings,
     )
-    (spec,) = check(plan, task)
+    runs = tuple(plan.runs([task]))
+    spec = runs[0].spec
     target = args.out or Path("runs") / spec.key
-    with StudyProgress(output.log, runs=1) as progress:
+    with StudyProgress(output.log, Study(plan, runs, {}, ())) as progress:
         record = execute(
             spec,
             task,
@@ -71,11 +74,11 @@ def main(argv: Sequence[str]) -> int:
         )
     output.data({"directory": str(target), **record.to_dict()})
     kind = get_kind(record.kind)
-    output.text(score_table(record.scores, spec.train_domain, kind))
-    if record.merged is not None and record.changed is not None:
+    output.text(score_table(record.scores, spec.train_domains, kind))
+    for variant in record.variants.values():  # merged, where there are experts
         output.text("", "merged back to dense (what plain transformers loads):")
-        output.text(score_table(record.merged, spec.train_domain, kind))
+        output.text(score_table(variant.scores, spec.train_domains, kind))
         tested = sum(int(score["n"]) for score in record.scores.values())
-        output.text(f"merging changed {sum(record.changed.values())} of {tested} predictions")
+        output.text(f"merging changed {sum(variant.changed.values())} of {tested} predictions")
     output.text("", f"written to {target}")
     return 0

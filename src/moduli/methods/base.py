@@ -39,6 +39,11 @@ class Method:
     summary: ClassVar[str]
     modular: ClassVar[bool] = True
 
+    @property
+    def borrows(self) -> bool:
+        """Whether its experts are groups of the model's own neurons, without copies."""
+        return False
+
     def apply(
         self,
         model: nn.Module,
@@ -107,6 +112,11 @@ def settle(config: Any) -> None:
 class SplitMethod(Method):
     """A method that groups the neurons of FFNs into experts; it says how by a `Recipe`."""
 
+    @property
+    def borrows(self) -> bool:
+        """Always."""
+        return True
+
     def recipe(self, progress: Progress | None) -> Recipe:
         """What `moduli.surgery.conversion` needs to know."""
         raise TypeError(f"{type(self).__name__} does not define recipe(progress)")
@@ -151,6 +161,11 @@ class OwnedMethod(Method):
 class DataMethod(Method):
     """A method that may look at data, and whose settings say whether its experts are groups of
     neurons or have parameters of their own: its recipe is of one kind or of the other."""
+
+    @property
+    def borrows(self) -> bool:
+        """As its settings say."""
+        return isinstance(self.recipe(None, None), Recipe)
 
     def recipe(self, progress: Progress | None, sample: Sample | None) -> Recipe | OwnedRecipe:
         """What `moduli.surgery.conversion` needs to know.

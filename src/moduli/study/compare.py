@@ -1,18 +1,22 @@
-"""Run a plan: every method with every seed, finished runs from disk, the rest now."""
+"""Run a plan: finished runs from disk, the rest now, several processes at once if there are any."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moduli.data.task import Task
 from moduli.errors import ConfigError
+from moduli.study.plan import Plan, Planned, Unit
 from moduli.study.records import Failure, RunRecord
-from moduli.study.run import Listener, RunEvent, execute, failure_of
-from moduli.study.spec import MethodSpec, Plan, RunSpec
+from moduli.study.run import BusyError, Listener, RunEvent, execute, failure_of
 from moduli.training.kinds.base import TaskKind, get_kind
+
+POLL_SECONDS = 2.0
+"""How often runs of another process are looked at."""
 
 
 @dataclass(frozen=True)
@@ -20,23 +24,33 @@ class Study:
     """The runs of one plan: the table that statistics and report are functions of."""
 
     plan: Plan
-    train_domain: str
-    records: tuple[RunRecord, ...]
+    runs: tuple[Planned, ...]
+    records: Mapping[str, RunRecord]
+    """Finished runs by key."""
     failures: tuple[Failure, ...]
 
     @property
     def kind(self) -> TaskKind:
-        """The kind of its task, by which its scores are read."""
-        return get_kind(self.records[0].kind if self.records else "classification")
+        """The kind of its tasks, by which its scores are read."""
+        return get_kind(next((r.kind for r in self.records.values()), "classification"))
 
-    def of(self, method: MethodSpec) -> dict[int, RunRecord]:
-        """The finished runs of a method, by seed."""
-        return {r.spec.seed: r for r in self.records if r.spec.method == method}
+    @property
+    def units(self) -> list[Unit]:
+        """What is averaged over, in the order of the plan."""
+        return list(dict.fromkeys(run.unit for run in self.runs))
+
+    def finished(self, arm: int, unit: Unit | None = None) -> list[tuple[Planned, RunRecord]]:
+        """The finished runs of an arm, of one unit or of all, in the order of the plan."""
+        return [
+            (run, self.records[run.spec.key])
+            for run in self.runs
+            if run.arm == arm and unit in (None, run.unit) and run.spec.key in self.records
+        ]
 
 
 def compare(
     plan: Plan,
-    task: Task,
+    tasks: Sequence[Task],
     root: Path,
     *,
     keep_models: tuple[str, ...] = (),
@@ -46,9 +60,12 @@ def compare(
 ) -> Study:
     """Do what is left of `plan` under `root` and return all of it.
 
+    Several processes may do so at once: a run that is in the hands of another is left to it, and
+    waited for at the end.
+
     Args:
-        plan: methods, seeds, model, data and settings.
-        task: `plan.task`, loaded with `plan.data`.
+        plan: what is compared.
+        tasks: `plan.tasks`, loaded.
         root: directory of the study; one directory per run.
         keep_models: names of methods whose tuned models are kept with their runs.
         retry_failed: try again what failed before.
@@ -56,62 +73,66 @@ def compare(
         on_event: called with `RunEvent`s.
 
     Raises:
-        ConfigError: no methods, no seeds, or one of them twice.
+        ConfigError: nothing to run, something twice, or settings that cannot work.
     """
-    specs = check(plan, task)
-    records: list[RunRecord] = []
+    runs = plan.runs(tasks)
+    records: dict[str, RunRecord] = {}
     failures: list[Failure] = []
-    for spec in specs:
-        target = root / spec.key
-        failure = None if retry_failed else failure_of(spec, target)
-        if failure is None:
+    waiting = list(runs)
+    while waiting:
+        elsewhere = []
+        for run in waiting:
+            spec, target = run.spec, root / run.spec.key
+            failure = None if retry_failed else failure_of(spec, target)
+            if failure is not None:
+                _tell(on_event, RunEvent(spec, "failed", failure))
+                failures.append(failure)
+                continue
             try:
-                record = execute(
+                records[spec.key] = execute(
                     spec,
-                    task,
+                    tasks[run.unit.task],
                     target,
                     keep_model=spec.method.name in keep_models,
                     checkpoint_every=checkpoint_every,
                     on_event=on_event,
                 )
+            except BusyError:
+                elsewhere.append(run)
             except Exception:
                 failure = failure_of(spec, target)
-                if failure is None:  # not the run's fault: a directory that is not ours, a lock
+                if failure is None:  # not the run's fault: a directory that is not ours
                     raise
-            else:
-                records.append(record)
-                continue
-        elif on_event is not None:
-            on_event(RunEvent(spec, "failed", failure))
-        failures.append(failure)
-    return Study(plan, specs[0].train_domain, tuple(records), tuple(failures))
+                failures.append(failure)
+        if elsewhere and len(elsewhere) == len(waiting):
+            _tell(on_event, RunEvent(elsewhere[0].spec, "elsewhere"))
+            time.sleep(POLL_SECONDS)
+        waiting = elsewhere
+    return Study(plan, tuple(runs), records, tuple(failures))
 
 
-def check(plan: Plan, task: Task) -> list[RunSpec]:
-    """The runs of a plan that makes sense.
+def collect(plan: Plan, tasks: Sequence[Task], root: Path) -> Study:
+    """The study as far as it is finished, without running anything."""
+    from moduli.study.run import finished
 
-    Raises:
-        ConfigError: no methods, no seeds, or one of them twice; a method's settings cannot work.
-    """
-    if not plan.methods or not plan.seeds:
-        raise ConfigError("A comparison needs at least one method and one seed.")
-    for what, values in (("seed", plan.seeds), ("method", plan.methods)):
-        twice = [value for i, value in enumerate(values) if value in values[:i]]
-        if twice:
-            shown = twice[0].name if isinstance(twice[0], MethodSpec) else twice[0]
-            raise ConfigError(f"The {what} {shown} is given twice with the same settings.")
-    for method in plan.methods:
-        method.build()
-    return plan.specs(task)
+    runs = plan.runs(tasks)
+    records, failures = {}, []
+    for run in runs:
+        target = root / run.spec.key
+        record = finished(run.spec, target)
+        if record is not None:
+            records[run.spec.key] = record
+        elif (failure := failure_of(run.spec, target)) is not None:
+            failures.append(failure)
+    return Study(plan, tuple(runs), records, tuple(failures))
 
 
-def best_by_validation(runs: Mapping[int, RunRecord]) -> RunRecord:
+def best_by_validation(runs: Sequence[tuple[Planned, RunRecord]]) -> RunRecord:
     """The run with the best validation score; then the lower loss; then the lower seed.
 
-    The score is the first metric of the task's kind: accuracy for classification.
-
-    Only the validation split of the training domain counts. Choosing by a test score would make
-    that score useless as an estimate.
+    The score is the first metric of the task's kind: accuracy for classification. Only the
+    validation splits of the domains that were trained on count. Choosing by a test score would
+    make that score useless as an estimate.
 
     Raises:
         ConfigError: no runs, or no validation split.
@@ -120,8 +141,16 @@ def best_by_validation(runs: Mapping[int, RunRecord]) -> RunRecord:
         raise ConfigError("There is no finished run to choose from.")
 
     def order(record: RunRecord) -> Any:
-        if record.validation is None:
+        own = [record.validation.get(name) for name in record.spec.train_domains]
+        scores = [score for score in own if score is not None]
+        if not scores:
             raise ConfigError("The data has no validation split; give validation_size above 0.")
-        return (*get_kind(record.kind).better(record.validation), record.spec.seed)
+        keys = [get_kind(record.kind).better(score) for score in scores]
+        return (*(sum(column) for column in zip(*keys, strict=True)), record.spec.seed)
 
-    return min(runs.values(), key=order)
+    return min((record for _, record in runs), key=order)
+
+
+def _tell(on_event: Listener | None, event: RunEvent) -> None:
+    if on_event is not None:
+        on_event(event)

@@ -9,10 +9,10 @@ from pathlib import Path
 from moduli.data.task import Task
 from moduli.study.compare import Study, best_by_validation, compare
 from moduli.study.handback import HandBack, hand_back
+from moduli.study.plan import Plan, TaskSpec, arm
 from moduli.study.records import RunRecord
 from moduli.study.report import write_report
 from moduli.study.run import Listener
-from moduli.study.spec import MethodSpec, Plan
 from moduli.training.settings import FinetuneSettings
 
 DATA = {"max_train": 1000, "max_test": 300}
@@ -41,10 +41,9 @@ def demo_plan(seeds: tuple[int, ...] = (0, 1, 2)) -> Plan:
     emoe = moduli.EMoE(num_experts=64, top_k=32, layers="last:2")
     return Plan(
         model="minilm",
-        task="sentiment",
-        data=DATA,
-        train_domain="amazon",
-        methods=(MethodSpec.of(Dense()), MethodSpec.of(emoe)),
+        tasks=(TaskSpec("sentiment", DATA),),
+        sources=(("amazon",),),
+        arms=(arm(Dense()), arm(emoe)),
         seeds=seeds,
         settings=FinetuneSettings(epochs=2),
     )
@@ -73,11 +72,12 @@ def run_demo(
         ConfigError: no run of the modular method finished.
         CheckpointError: a directory is not ours, or the new process failed.
     """
-    _, modular = plan.methods
-    study = compare(plan, task, root, keep_models=(modular.name,), on_event=on_event)
+    modular = 1
+    name = plan.arms[modular].method.name
+    study = compare(plan, [task], root, keep_models=(name,), on_event=on_event)
     report = root / "report.html"
     if study.records:
         write_report(study, report, command=command)
-    chosen = best_by_validation(study.of(modular))
+    chosen = best_by_validation(study.finished(modular))
     handed_back = hand_back(chosen, root / chosen.spec.key, task, root / "model", on_event=on_line)
     return Demo(study, chosen, handed_back, report)

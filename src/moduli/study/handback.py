@@ -22,11 +22,13 @@ import torch
 from moduli.data.task import Task
 from moduli.errors import CheckpointError, ConfigError
 from moduli.study.records import RunRecord, write_json
+from moduli.study.spec import Edit
 from moduli.training import plain
 from moduli.training.finetune import batches_of, in_order, outputs_of
 from moduli.training.kinds.base import Output, TaskKind, get_kind, same_outputs
 
 PROOF = "handback.json"
+MERGED = Edit("merged").label
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def hand_back(
     proof = target.parent / PROOF
     if (known := _read_proof(proof, record, target)) is not None:
         return known
-    if record.changed is None:
+    if MERGED not in record.variants:
         raise ConfigError(f"{record.spec.method.name} has nothing to merge and to compare with.")
     tell = on_event or (lambda line: None)
     kind = get_kind(record.kind)
@@ -107,7 +109,7 @@ def hand_back(
         run=record.spec.key,
         texts=sum(len(rows) for rows in tests.values()),
         identical=all(same_outputs(again[name], merged[name][1]) for name in tests),
-        changed=sum(record.changed.values()),
+        changed=sum(record.variants[MERGED].changed.values()),
         metric=metric,
         routed={name: float(record.scores[name][metric]) for name in tests},
         merged={

@@ -18,6 +18,20 @@ from moduli.study.spec import RunSpec
 
 RECORD = "record.json"
 FAILED = "failed.json"
+INSPECTION = "inspection.json"
+"""Beside the record of a run with experts: what they do (`moduli.inspect`)."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What an edit of a tuned model did to it (see `Edit`)."""
+
+    scores: Mapping[str, Mapping[str, int | float]]
+    """Test scores by domain."""
+    changed: Mapping[str, int]
+    """How many test predictions the edit changed, by domain."""
+    report: Mapping[str, Any] | None
+    """Of the edit itself, such as `MergeReport.to_dict()`."""
 
 
 @dataclass(frozen=True)
@@ -25,26 +39,27 @@ class RunRecord:
     """A finished run."""
 
     spec: RunSpec
+    kind: str
+    """Of the task; it says what the scores are (`moduli.training.kinds`)."""
     scores: Mapping[str, Mapping[str, int | float]]
     """Test scores of the tuned model by domain: the numbers of the task's kind."""
-    validation: Mapping[str, int | float] | None
-    """Scores on the validation split of the training domain: what a choice may be based on."""
-    merged: Mapping[str, Mapping[str, int | float]] | None
-    """Test scores after merging back to dense; None for a method that has nothing to merge."""
-    changed: Mapping[str, int] | None
-    """How many test predictions merging changed, by domain."""
+    validation: Mapping[str, Mapping[str, int | float]]
+    """Scores on the validation split of every domain that has one: what a choice may be based
+    on. Which of them a rule looks at is its own matter (`moduli.study.selection`)."""
+    variants: Mapping[str, Variant]
+    """By the label of the edit, in the order of the spec."""
     conversion: Mapping[str, Any] | None
     """`ConversionReport.to_dict()`."""
-    merge: Mapping[str, Any] | None
-    """`MergeReport.to_dict()`."""
+    cost: Mapping[str, Any]
+    """Parameters, FLOPs and memory (`moduli.study.cost`)."""
     steps: int
     final_loss: float
     """Mean training loss of the last tenth of the steps."""
     seconds: Mapping[str, float]
     """Time for conversion, training and evaluation, of the process that finished the run."""
+    cpu_seconds: Mapping[str, float]
+    """The same in processor time, which a busy machine lengthens less."""
     environment: Mapping[str, Any]
-    kind: str = "classification"
-    """Of the task; it says what the scores are (`moduli.training.kinds`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -53,7 +68,17 @@ class RunRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunRecord:
         """The inverse of `to_dict`."""
-        return cls(**{**data, "spec": RunSpec.from_dict(data["spec"])})
+        variants = {label: Variant(**variant) for label, variant in data["variants"].items()}
+        return cls(**{**data, "spec": RunSpec.from_dict(data["spec"]), "variants": variants})
+
+    def result(self) -> dict[str, Any]:
+        """What has to be equal when the run is repeated: all but time, memory and environment."""
+        data = self.to_dict()
+        for name in ("seconds", "cpu_seconds", "environment", "cost"):
+            del data[name]
+        if data["conversion"] is not None:
+            data["conversion"] = {k: v for k, v in data["conversion"].items() if k != "seconds"}
+        return data
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ Trainer's checkpoints in it; a run that was killed goes on from the last of them
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -14,17 +16,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moduli.data.task import Task
 from moduli.errors import CheckpointError, ConfigError
 from moduli.study.environment import hardware, versions
-from moduli.study.records import FAILED, RECORD, Failure, RunRecord, read_record, write_json
+from moduli.study.records import (
+    FAILED,
+    INSPECTION,
+    RECORD,
+    Failure,
+    RunRecord,
+    read_record,
+    write_json,
+)
 from moduli.study.sample import rows_to_show, sample_batches
 from moduli.study.spec import RunSpec, plain
-from moduli.training.kinds.base import Examples, Output, get_kind
+from moduli.study.testing import test
+from moduli.training.kinds.base import get_kind
+from moduli.training.settings import FinetuneSettings
 
-Stage = Literal["known", "started", "converted", "step", "evaluating", "finished", "failed"]
+if TYPE_CHECKING:
+    from moduli.inspect.training import SelectionOverTraining
+
+Stage = Literal[
+    "known", "started", "converted", "step", "evaluating", "finished", "failed", "elsewhere"
+]
+
+
+WINDOWS = 20
+"""Of training, in each of which selections are counted."""
+INSPECTED_ROWS = 64
+"""Test rows of every domain on which the experts of a tuned model are looked at."""
+
+
+class BusyError(ConfigError):
+    """Another process is working on this run."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +59,8 @@ class RunEvent:
     """Something to show: which run, what happened, and what belongs to it.
 
     `detail` is a `Progress` (stage "step"), a `ConversionReport` ("converted"), the name of what
-    is evaluated ("evaluating"), a `RunRecord` ("known", "finished") or a `Failure` ("failed").
+    is evaluated ("evaluating"), a `RunRecord` ("known", "finished") or a `Failure` ("failed");
+    "elsewhere": another process is working on it.
     """
 
     spec: RunSpec
@@ -65,7 +93,7 @@ def execute(
 
     Raises:
         CheckpointError: `target` exists and is not this run.
-        ConfigError: another process is working on it.
+        BusyError: another process is working on it.
         Exception: whatever stopped the run; its reason is kept (see `failure_of`), and the next
             call starts the run again.
     """
@@ -174,24 +202,34 @@ def _work(
 ) -> RunRecord:
     import moduli
     from moduli.experts.kernels import watch_kernels
-    from moduli.training.finetune import finetune, outputs_of
+    from moduli.study.cost import PeakMemory, measure_cost
+    from moduli.training.finetune import finetune
+    from moduli.training.trainable import finish, prepare
 
-    clock = time.perf_counter
-    start = clock()
     kind = get_kind(task.kind)
-    length = spec.settings.max_length
+    clocks = Clocks()
     model, processor = load_model(spec, task)
-    train = task.domains[spec.train_domain].train
-    assert train is not None  # `choose_domain` saw to it
+    train = training_rows(spec, task)
     method = spec.method.build()
-    count = rows_to_show(method)
-    batches = sample_batches(method, model, processor, kind, train, count=count, max_length=length)
-    conversion = moduli.convert(model, method, batch=batches)
-    tell(RunEvent(spec, "converted", conversion))
-    converted = clock()
-    with watch_kernels() as in_training:
-        result = finetune(
+    with clocks("convert"):
+        batches = sample_batches(
+            method,
             model,
+            processor,
+            kind,
+            train,
+            count=rows_to_show(method),
+            max_length=spec.settings.max_length,
+        )
+        conversion = moduli.convert(model, method, batch=batches)
+        shown = {name: value for name, value in batches[0].items() if name != "labels"}
+    tell(RunEvent(spec, "converted", conversion))
+    with clocks("train"), watch_kernels() as in_training, PeakMemory() as memory:
+        selection = watch_selection(spec.settings, len(train)) if method.modular else None
+        tuning = prepare(model, spec.settings)
+        cost = measure_cost(tuning, conversion, shown)
+        result = finetune(
+            tuning,
             processor,
             task.kind,
             train,
@@ -200,71 +238,105 @@ def _work(
             out=partial / "checkpoints",
             checkpoint_every=checkpoint_every,
             on_progress=lambda progress: tell(RunEvent(spec, "step", progress)),
+            callbacks=() if selection is None else (selection,),
         )
-    trained = clock()
+        model = finish(tuning)
 
     shutil.rmtree(partial / "result", ignore_errors=True)
     if keep_model:
         moduli.save(model, partial / "result", processor)
     else:
         (partial / "result").mkdir()
-
-    tests = {name: s.test for name, s in task.domains.items() if s.test is not None}
-
-    def said_to(what: str) -> dict[str, tuple[Examples, list[Output]]]:
-        found = {}
-        for name, rows in tests.items():
-            tell(RunEvent(spec, "evaluating", f"{name}{what}"))
-            found[name] = outputs_of(kind, model, processor, rows, max_length=length)
-        return found
-
-    def score_all(
-        found: dict[str, tuple[Examples, list[Output]]],
-    ) -> dict[str, dict[str, int | float]]:
-        return {
-            name: kind.score(outputs, examples, tests[name]).to_dict()
-            for name, (examples, outputs) in found.items()
-        }
-
-    validation = task.domains[spec.train_domain].validation
-    chosen_by = None
-    if validation is not None:
-        tell(RunEvent(spec, "evaluating", "validation"))
-        examples, said = outputs_of(kind, model, processor, validation, max_length=length)
-        chosen_by = kind.score(said, examples, validation).to_dict()
-    with watch_kernels() as in_evaluation:
-        routed = said_to("")
-    merged = changed = merge = None
-    if moduli.is_modular(model):
-        merge = moduli.merge(model).to_dict()
-        dense = said_to(", merged")
-        merged = score_all(dense)
-        changed = {name: kind.changed(routed[name][1], dense[name][1]) for name in tests}
+    if selection is not None:
+        tell(RunEvent(spec, "evaluating", "what experts do"))
+        write_inspection(spec, task, model, processor, selection, partial / "result" / INSPECTION)
+    with clocks("evaluate"), watch_kernels() as in_evaluation:
+        found = test(spec, task, model, processor, train, lambda what: _now(tell, spec, what))
     tail = result.losses[-max(1, len(result.losses) // 10) :]
     record = RunRecord(
         spec=spec,
-        scores=score_all(routed),
-        validation=chosen_by,
-        merged=merged,
-        changed=changed,
+        kind=kind.name,
+        scores=found.scores,
+        validation=found.validation,
+        variants=found.variants,
         conversion=None if conversion is None else plain(conversion.to_dict()),
-        merge=None if merge is None else plain(merge),
+        cost=cost | {"peak_memory_bytes": memory.peak},
         steps=result.steps,
         final_loss=sum(tail) / len(tail),
-        seconds={
-            "convert": converted - start,
-            "train": trained - converted,
-            "evaluate": clock() - trained,
-        },
+        seconds=clocks.wall,
+        cpu_seconds=clocks.cpu,
         environment={
             "versions": versions(),
             "hardware": hardware(),
             "kernels": {"training": sorted(in_training), "evaluation": sorted(in_evaluation)},
         },
-        kind=kind.name,
     )
     write_json(partial / "result" / RECORD, record.to_dict())
     return record
+
+
+def training_rows(spec: RunSpec, task: Task) -> Any:
+    """The rows that a run trains on: the first of every source, mixed where there are several."""
+    from datasets import concatenate_datasets
+
+    parts = []
+    for name in spec.train_domains:
+        rows = task.domains[name].train
+        assert rows is not None  # the plan saw to it
+        parts.append(rows.select(range(math.ceil(spec.fraction * len(rows)))))
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts).shuffle(seed=0)
+
+
+def watch_selection(settings: FinetuneSettings, rows: int) -> SelectionOverTraining:
+    """A callback that counts which experts are chosen, in about `WINDOWS` windows of training."""
+    from moduli.inspect.training import SelectionOverTraining
+
+    per_epoch = math.ceil(rows / (settings.batch_size * settings.gradient_accumulation_steps))
+    steps = settings.max_steps or settings.epochs * per_epoch
+    return SelectionOverTraining(every=math.ceil(steps / WINDOWS))
+
+
+def write_inspection(
+    spec: RunSpec,
+    task: Task,
+    model: Any,
+    processor: Any,
+    selection: SelectionOverTraining,
+    path: Path,
+) -> None:
+    """What the experts of the tuned model do on some test rows of every domain, as a record."""
+    from moduli.inspect.inspecting import inspect_model
+
+    found = inspect_model(
+        model,
+        processor,
+        task,
+        max_rows=INSPECTED_ROWS,
+        max_length=spec.settings.max_length,
+        title=f"{spec.method.name} tuned on {spec.trained_on}, seed {spec.seed}",
+        coselection=False,
+        activations=False,
+    )
+    dataclasses.replace(found, selection=selection.result()).write(path)
+
+
+class Clocks:
+    """Wall and processor seconds of the parts of a run."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall[name] = time.perf_counter() - wall
+        self.cpu[name] = time.process_time() - cpu
+
+
+def _now(tell: Listener, spec: RunSpec, what: str) -> None:
+    tell(RunEvent(spec, "evaluating", what))
 
 
 @contextmanager
@@ -277,13 +349,14 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(
+        raise BusyError(
             f"Another process is working on {target}. Wait for it, or choose another directory."
         ) from None
     try:
         yield
-    finally:
+        # Only when the run is there: whoever has opened the file meanwhile then finds the run.
         path.unlink(missing_ok=True)
+    finally:
         lock.release()
 
 

@@ -14,7 +14,7 @@ from moduli.data.kinds import KINDS, data_kind
 from moduli.data.task import Task
 from moduli.errors import DataError
 from moduli.methods.base import DataMethod, Method
-from moduli.study.spec import choose_domain
+from moduli.study.plan import source_groups
 from moduli.study.tuned import class_indices, load_processor, renumbered, trained_length
 from moduli.training.kinds.base import TaskKind, get_kind, kind_of_config
 
@@ -126,8 +126,9 @@ def task_batches(
         DataError: the model takes other inputs, or the domain has no training data.
         CheckpointError: the model has no tokenizer or processor.
     """
-    rows = task.domains[choose_domain(task, domain)].train
-    assert rows is not None  # `choose_domain` saw to it
+    ((first, *_), *_) = source_groups(task, () if domain is None else ((domain,),))
+    rows = task.domains[first].train
+    assert rows is not None  # `source_groups` saw to it
     kind, reason = _kind_for(model, name, task)
     if reason is None and data_kind(kind.name).target is not None and task.label_names:
         rows = renumbered(rows, kind, class_indices(model, task))

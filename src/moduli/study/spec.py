@@ -11,11 +11,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moduli.data.task import Task
-from moduli.errors import DataError, UnknownNameError, nearest
+from moduli.errors import ConfigError
 from moduli.methods.base import Method
 from moduli.methods.registry import get_method
 from moduli.training.settings import FinetuneSettings
@@ -45,8 +46,32 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """How a tuned model is tested besides as it is; the tuned model itself stays as it was.
+
+    Attributes:
+        name: "merged" back to dense; "pruned", which keeps for every token the experts most used
+            on the training data and drops the others; or "split", a model tuned without experts
+            that gets those of `method` for testing only.
+        method: of "split"; None for the others.
+    """
+
+    name: Literal["merged", "pruned", "split"]
+    method: MethodSpec | None = None
+
+    def __post_init__(self) -> None:
+        if (self.name == "split") != (self.method is not None):
+            raise ConfigError("The edit 'split' needs a method; the others have none.")
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables, and its key in a record."""
+        return self.name if self.method is None else f"split by {self.method.name}"
+
+
+@dataclass(frozen=True)
 class RunSpec:
-    """One run: a model, tuned by a method on one domain of a task, with one seed."""
+    """One run: a model, tuned by a method on some domains of a task, with one seed."""
 
     model: str
     """Name or directory, as given."""
@@ -57,11 +82,16 @@ class RunSpec:
     """Options of `moduli.data.load_task`."""
     data_hash: str
     """Of every row in every split."""
-    train_domain: str
+    train_domains: tuple[str, ...]
+    """Trained on together."""
+    fraction: float
+    """Share of the training rows of each of them."""
     method: MethodSpec
     settings: FinetuneSettings
     """With `bf16` resolved: where the hardware differs, so does the run."""
     seed: int
+    edits: tuple[Edit, ...]
+    """What else is tested besides the model as it was tuned."""
     code: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,77 +102,31 @@ class RunSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunSpec:
         """The inverse of `to_dict`."""
+        settings = dict(data["settings"])
+        settings["lora_targets"] = tuple(settings["lora_targets"])
         return cls(
             **{
                 **data,
+                "train_domains": tuple(data["train_domains"]),
                 "method": MethodSpec(**data["method"]),
-                "settings": FinetuneSettings(**data["settings"]),
+                "settings": FinetuneSettings(**settings),
+                "edits": tuple(
+                    Edit(edit["name"], edit["method"] and MethodSpec(**edit["method"]))
+                    for edit in data["edits"]
+                ),
             }
         )
 
     @property
+    def trained_on(self) -> str:
+        """The domains it trains on, in words."""
+        return " + ".join(self.train_domains)
+
+    @cached_property
     def key(self) -> str:
         """First 12 hexadecimal digits of the SHA-256 of the canonical JSON: the run's name."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Methods times seeds on one task. The first method is what the others are compared with."""
-
-    model: str
-    task: str
-    data: Mapping[str, Any]
-    train_domain: str | None
-    """None: the first domain of the task that has training data."""
-    methods: tuple[MethodSpec, ...]
-    seeds: tuple[int, ...]
-    settings: FinetuneSettings
-
-    def specs(self, task: Task) -> list[RunSpec]:
-        """All runs, seed by seed, so that a study cut short has whole pairs to compare."""
-        from moduli.data import resolve_model
-
-        domain = choose_domain(task, self.train_domain)
-        model_hash = hash_model(resolve_model(self.model))
-        data_hash = hash_task(task)
-        settings = self.settings.resolved()
-        return [
-            RunSpec(
-                model=self.model,
-                model_hash=model_hash,
-                task=self.task,
-                data=plain(dict(self.data)),
-                data_hash=data_hash,
-                train_domain=domain,
-                method=method,
-                settings=settings,
-                seed=seed,
-            )
-            for seed in self.seeds
-            for method in self.methods
-        ]
-
-
-def choose_domain(task: Task, name: str | None) -> str:
-    """The domain to train on: the named one, or the first that has training data.
-
-    Raises:
-        UnknownNameError: the task has no such domain.
-        DataError: it has, but without training data.
-    """
-    if name is None:
-        name = next((d for d, splits in task.domains.items() if splits.train is not None), None)
-        if name is None:
-            raise DataError(f"No domain of {task.name!r} has training data.")
-    if name not in task.domains:
-        raise UnknownNameError(
-            f"The task {task.name!r} has no domain {name!r}. {nearest(name, task.domains)}"
-        )
-    if task.domains[name].train is None:
-        raise DataError(f"The domain {name!r} of {task.name!r} has test data only.")
-    return name
 
 
 def hash_model(path: str) -> str:
@@ -187,17 +171,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
     return value
-
-
-def method_labels(methods: Sequence[MethodSpec]) -> list[str]:
-    """A short name for each: the method's, with the settings that tell apart two of one method."""
-    labels = []
-    for method in methods:
-        same = [other for other in methods if other.name == method.name]
-        differing = [
-            f"{key}={value}"
-            for key, value in method.config.items()
-            if any(other.config.get(key) != value for other in same)
-        ]
-        labels.append(f"{method.name} ({', '.join(differing)})" if differing else method.name)
-    return labels

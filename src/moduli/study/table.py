@@ -1,47 +1,58 @@
-"""The table of a study: one row per method (as tuned, and merged), one column per place to test.
+"""The table of a study: one row per arm and edit, one column per place to test.
 
-A pure function of the finished runs. Columns are the training domain, the mean over the other
-domains, and each of those.
+A pure function of the finished runs. Columns are in-domain, the mean over the domains out of it,
+and each of those. Values are by unit and seed: a study that trains on several groups of domains
+in turn has a value of every column for every group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moduli.errors import ConfigError
 from moduli.study.compare import Study
+from moduli.study.plan import Planned, Unit
 from moduli.study.records import RunRecord
-from moduli.study.spec import method_labels
+from moduli.study.selection import TRAINING_DOMAIN, Candidate, Choice, choose
 from moduli.study.statistics import PairedDifference, Summary, paired_difference, summarise
 from moduli.training.metrics import Metric
+
+Values = Mapping[tuple[Unit, int], float]
+Split = Literal["test", "validation"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """Where a model is tested: `domains` are averaged."""
+    """Where models are tested: for every unit some domains, which are averaged."""
 
     title: str
     kind: Literal["in-domain", "out-of-domain", "one domain"]
-    domains: tuple[str, ...]
+    domains: Mapping[Unit, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Scores of one row in one column, by seed, and their difference to the first row's."""
+    """Scores of one row in one column, by unit and seed, and their difference to the first row.
 
-    values: Mapping[int, float]
+    `runs` are the keys of the runs that the values come from.
+    """
+
+    values: Values
     summary: Summary
     difference: PairedDifference | None
+    runs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method as tuned or merged."""
+    """An arm as tuned (`edit` is None), or after an edit."""
 
     label: str
-    merged: bool
+    arm: int
+    edit: str | None
     cells: tuple[Cell, ...]
 
 
@@ -52,65 +63,143 @@ class Table:
     metric: Metric
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    choice: Choice
+    units: tuple[Unit, ...]
 
 
-def tabulate(study: Study, metric: str | None = None) -> Table:
-    """The table of one metric; methods without a finished run have no row.
+def tabulate(
+    study: Study,
+    metric: str | None = None,
+    *,
+    rule: str = TRAINING_DOMAIN,
+    units: Sequence[Unit] | None = None,
+    split: Split = "test",
+) -> Table:
+    """The table of one metric; arms without finished runs have no row.
 
     Args:
         study: finished runs.
         metric: name of a metric of the task's kind; None: the first one.
+        rule: by which the learning rate of every arm is chosen (`moduli.study.selection`).
+        units: to average over; None: those with the largest share of the training rows.
+        split: whose scores; a search for settings looks at "validation" only, and at no edits.
 
     Raises:
-        UnknownNameError: the kind has no such metric.
+        ConfigError: no run has finished, or the rule does not work for these data.
+        UnknownNameError: the kind has no such metric, or there is no such rule.
     """
+    if not study.records:
+        raise ConfigError("No run of this study has finished, so there is nothing to show yet.")
     chosen = study.kind.primary if metric is None else study.kind.metric(metric)
-    tested = list(study.records[0].scores) if study.records else []
-    columns = columns_of(tested, study.train_domain)
-    labels = method_labels(study.plan.methods)
+    if units is None:
+        whole = max(unit.fraction for unit in study.units)
+        units = [unit for unit in study.units if unit.fraction == whole]
+    choice = choose(_candidates(study, units), rule, study.kind.primary)
+    columns = columns_of(study, units, split)
     rows: list[Row] = []
-    baseline: dict[int, RunRecord] | None = None
-    for method, label in zip(study.plan.methods, labels, strict=True):
-        runs = study.of(method)
-        if method == study.plan.methods[0]:
-            baseline = runs
+    for number, label in enumerate(study.plan.labels):
+        runs = [
+            (planned, record) for planned, record in study.finished(number) if planned.unit in units
+        ]
         if not runs:
             continue
-        variants = [False, True] if any(r.merged is not None for r in runs.values()) else [False]
-        for merged in variants:
+        edits = study.plan.arms[number].edits if split == "test" else ()
+        for edit in (None, *(edit.label for edit in edits)):
+            found = [
+                values_of(runs, column, chosen.name, choice, edit or split) for column in columns
+            ]
+            if not all(values for values, _ in found):
+                continue  # not every learning rate has finished a run
             cells = []
-            for column in columns:
-                values = values_of(runs, column, chosen.name, merged=merged)
-                difference = None
-                if baseline and rows:
-                    reference = values_of(baseline, column, chosen.name, merged=False)
-                    difference = paired_difference(values, reference)
-                cells.append(Cell(values, summarise(list(values.values())), difference))
-            rows.append(Row(f"{label} (merged)" if merged else label, merged, tuple(cells)))
-    return Table(chosen, tuple(columns), tuple(rows))
+            for place, (values, keys) in enumerate(found):
+                reference = rows[0].cells[place].values if rows and rows[0].arm == 0 else None
+                difference = paired_difference(values, reference) if reference else None
+                cells.append(Cell(values, summarise(values), difference, keys))
+            title = f"{label} ({edit})" if edit else label
+            rows.append(Row(title, number, edit, tuple(cells)))
+    return Table(chosen, tuple(columns), tuple(rows), choice, tuple(units))
 
 
-def columns_of(tested: list[str], train_domain: str) -> list[Column]:
+def columns_of(study: Study, units: Sequence[Unit], split: Split = "test") -> list[Column]:
     """In-domain first, then the mean of the others, then each of them."""
+    tested: dict[Unit, list[str]] = {}
+    for run in study.runs:
+        record = study.records.get(run.spec.key)
+        if run.unit in units and record is not None and run.unit not in tested:
+            tested[run.unit] = list(scores_of(record, split))
+    own = {u: tuple(d for d in names if d in u.sources) for u, names in tested.items()}
+    others = {u: tuple(d for d in names if d not in u.sources) for u, names in tested.items()}
     columns = []
-    if train_domain in tested:
-        columns.append(Column(train_domain, "in-domain", (train_domain,)))
-    others = tuple(name for name in tested if name != train_domain)
+    if all(own.values()):
+        groups = set(own.values())
+        title = " + ".join(groups.pop()) if len(groups) == 1 else "in-domain"
+        columns.append(Column(title, "in-domain", own))
+    others = {unit: names for unit, names in others.items() if names}
     if others:
         columns.append(Column("out-of-domain mean", "out-of-domain", others))
-        if len(others) > 1:
-            columns += [Column(name, "one domain", (name,)) for name in others]
+        single = list(dict.fromkeys(name for names in others.values() for name in names))
+        if len(single) > 1:
+            columns += [
+                Column(n, "one domain", {u: (n,) for u, names in others.items() if n in names})
+                for n in single
+            ]
     return columns
 
 
 def values_of(
-    runs: Mapping[int, RunRecord], column: Column, metric: str, *, merged: bool
-) -> dict[int, float]:
-    """Score by seed: the mean over the column's domains."""
-    found = {}
-    for seed, record in runs.items():
-        scores = record.merged if merged else record.scores
-        if scores is not None:
-            values = [scores[domain][metric] for domain in column.domains]
-            found[seed] = math.fsum(values) / len(values)
-    return found
+    runs: Sequence[tuple[Planned, RunRecord]],
+    column: Column,
+    metric: str,
+    choice: Choice,
+    what: str,
+) -> tuple[dict[tuple[Unit, int], float], tuple[str, ...]]:
+    """Score by unit and seed (the mean over the column's domains), and the runs they are from.
+
+    The run of every domain is the one with the learning rate that was chosen for it.
+
+    Args:
+        runs: of one arm.
+        column: which domains.
+        metric: of the task's kind.
+        choice: of learning rates.
+        what: see `scores_of`.
+    """
+    by_place: dict[tuple[Unit, int, float | None], RunRecord] = {
+        (run.unit, run.spec.seed, run.spec.settings.learning_rate): record for run, record in runs
+    }
+    arm = runs[0][0].arm
+    found: dict[tuple[Unit, int], float] = {}
+    keys: dict[str, None] = {}
+    for unit, seed in dict.fromkeys((run.unit, run.spec.seed) for run, _ in runs):
+        records = {}
+        for domain in column.domains.get(unit, ()):
+            rate = choice.learning_rate(arm, unit, domain)
+            if (record := by_place.get((unit, seed, rate))) is not None:
+                records[domain] = record
+        if not records or len(records) < len(column.domains[unit]):
+            continue
+        scores = [scores_of(r, what)[d][metric] for d, r in records.items()]
+        found[unit, seed] = math.fsum(scores) / len(scores)
+        keys |= dict.fromkeys(record.spec.key for record in records.values())
+    return found, tuple(keys)
+
+
+def scores_of(record: RunRecord, what: str) -> Mapping[str, Mapping[str, float]]:
+    """Scores by domain: of the "test" or "validation" split, or the test scores after an edit."""
+    own = {"test": record.scores, "validation": record.validation}
+    return own[what] if what in own else record.variants[what].scores
+
+
+def _candidates(study: Study, units: Sequence[Unit]) -> list[Candidate]:
+    return [
+        Candidate(
+            arm=run.arm,
+            stratum=run.unit,
+            seed=run.spec.seed,
+            learning_rate=run.spec.settings.learning_rate,
+            sources=run.unit.sources,
+            validation=study.records[run.spec.key].validation,
+        )
+        for run in study.runs
+        if run.unit in units and run.spec.key in study.records
+    ]

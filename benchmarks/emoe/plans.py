@@ -1,0 +1,87 @@
+"""The studies behind the pages on EMoE: what is compared, on what, and why these settings.
+
+text-search      settings of every method, chosen on validation rows only
+text-size        the same with a share of the rows, and with more epochs
+text-mixed       trained on three domains together, where they may disturb one another
+text             four source domains in turn, eight seeds
+vision-search    learning rates for pictures, on validation rows only
+vision           emoji of three vendors, tested on all others; two choices of the three
+language         a decoder tuned on the news of the Brown corpus, tested on its other genres
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import moduli
+from moduli.methods.dense import Dense
+from moduli.study.plan import Arm, Plan, TaskSpec, also_tested, arm
+from moduli.training.settings import FinetuneSettings
+
+SENTIMENT = {"max_train": 1500, "max_validation": 300, "max_test": 600}
+# A search never looks at test rows; a few are left since every run is tested.
+SEARCHED = SENTIMENT | {"max_train": 1000, "max_test": 20}
+
+
+def emoe(num_experts: int = 64, top_k: int = 32, layers: str = "last:2", **more: object) -> object:
+    """EMoE, by default as the demo has it."""
+    return moduli.EMoE(num_experts=num_experts, top_k=top_k, layers=layers, **more)
+
+
+def text_search() -> Plan:
+    """Methods and their settings, two epochs on 1000 rows of each source, two seeds."""
+    arms = (
+        arm(Dense(), learning_rate=(5e-5, 1e-4, 2e-4)),
+        *(arm(emoe(n, k)) for n, k in ((16, 4), (16, 8), (64, 16))),
+        arm(emoe(), learning_rate=(5e-5, 1e-4, 2e-4)),
+        arm(emoe(layers="last:1")),
+        arm(emoe(layers="all")),
+        arm(emoe(top_k=16, layers="all")),
+        arm(emoe(choose="bottom")),
+        arm(emoe(choose="not_top")),
+        arm(emoe(split="random")),
+        arm(emoe(gate="cosine")),
+        arm(moduli.GMoE(num_experts=6, top_k=2, layers="last:1")),
+        arm(Dense(), trains="lora", learning_rate=(5e-4, 1e-3)),
+        arm(emoe(), trains="lora", learning_rate=(5e-4, 1e-3)),
+        arm(Dense(), trains="head", learning_rate=1e-2),
+        arm(Dense(), trains="last:2"),
+    )
+    return Plan(
+        model="minilm",
+        tasks=(TaskSpec("sentiment", SEARCHED),),
+        sources="each",
+        arms=arms,
+        seeds=(100, 101),
+        settings=FinetuneSettings(epochs=2),
+    )
+
+
+def vision_search() -> Plan:
+    """Learning rates and two shapes of EMoE for pictures, one short epoch, one seed."""
+    rates = (2e-5, 5e-5, 1e-4)
+    arms = (
+        arm(Dense(), learning_rate=rates),
+        arm(emoe(24, 4, [8, 10]), learning_rate=rates, label="emoe 24/4"),
+        arm(emoe(24, 12, [8, 10]), learning_rate=rates, label="emoe 24/12"),
+        arm(moduli.GMoE(num_experts=6, top_k=2, layers=[10]), learning_rate=rates),
+        arm(Dense(), trains="lora", learning_rate=(2e-4, 5e-4, 1e-3)),
+        arm(Dense(), trains="head", learning_rate=(1e-3, 3e-3, 1e-2)),
+    )
+    return Plan(
+        model="vit-s",
+        tasks=(TaskSpec("emoji", {"max_train": 150, "max_validation": 40, "max_test": 10}),),
+        sources=(VENDORS[0],),
+        arms=arms,
+        seeds=(100,),
+        settings=FinetuneSettings(epochs=1),
+    )
+
+
+VENDORS = (("noto", "twemoji", "fluent-emoji-flat"), ("openmoji", "emojione-monotone", "fxemoji"))
+"""Trained on in turn: coloured ones, and two of line art with a coloured one."""
+
+PLANS: dict[str, Callable[[], Plan]] = {
+    "text-search": text_search,
+    "vision-search": vision_search,
+}
