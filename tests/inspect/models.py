@@ -26,14 +26,14 @@ STOCK = {
 }
 
 
-def stock(name: str) -> Any:
+def stock(name: str, vocab: int = VOCAB) -> Any:
     """A tiny MoE model of transformers with 4 experts, 2 per token."""
     config, model, changes = STOCK[name]
 
     def make() -> Any:
         return model(
             config(
-                vocab_size=VOCAB,
+                vocab_size=vocab,
                 hidden_size=WIDTH,
                 intermediate_size=NEURONS,
                 num_hidden_layers=LAYERS,

@@ -171,9 +171,8 @@ def test_bad_input(encoder: tuple[Any, Any], minilm_path: Path) -> None:
 
 @pytest.mark.parametrize("name", models.STOCK)
 def test_stock_load_is_that_of_the_router_logits(name: str, minilm_path: Path) -> None:
-    model = models.stock(name)
-    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(minilm_path)))
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    model = models.stock(name, len(tokenizer))
     rows = [{"text": "a very long and winding story"}, {"text": "short"}]
     found = inspect_model(model, tokenizer, rows)
     expected = [torch.zeros(4), torch.zeros(4)]

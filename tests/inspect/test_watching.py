@@ -130,3 +130,32 @@ def test_idle_slots_come_last() -> None:
     experts, weights = strongest_first(routing)
     assert experts.tolist() == [[2, -1], [3, 1]]
     torch.testing.assert_close(weights, torch.tensor([[0.1, 0.0], [0.7, 0.3]]))
+
+
+@pytest.mark.parametrize("target", ["q_proj", "gate_up_proj"])
+@pytest.mark.parametrize("name", ["mixtral", "split"])
+def test_adapters_change_nothing_in_what_is_seen(name: str, target: str) -> None:
+    import peft
+
+    model = models.split("llama") if name == "split" else models.stock(name)
+    batch = models.inputs("llama")
+    with torch.no_grad(), watch(model) as plain:
+        model(**batch)
+    if name == "split" and target == "gate_up_proj":
+        target = "gate_proj"
+    inside = target == "gate_up_proj"
+    config = peft.LoraConfig(
+        target_modules=[] if inside else [target],
+        target_parameters=[f"experts.{target}", "experts.down_proj"] if inside else None,
+    )
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad(), watch(adapted) as seen:
+        adapted(**batch)
+    assert len(seen) == len(plain) == tiny.LAYERS
+    for one, other in zip(seen, plain, strict=True):  # a new adapter adds nothing
+        assert one.layer.endswith(other.layer)
+        assert one.real is not None
+        assert torch.equal(one.routing.experts, other.routing.experts)
+        assert one.routing.scores is not None
+        assert other.routing.scores is not None
+        torch.testing.assert_close(one.routing.scores, other.routing.scores)

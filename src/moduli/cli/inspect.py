@@ -95,7 +95,10 @@ def main(argv: Sequence[str]) -> int:
     output.text(f"{tokens_seen(inspection)}\n", _table(table, inspection.table()), LEGEND)
     output.text("", *headline(inspection))
     if len(inspection.domains) > 1:
-        output.text("\nMost of its own in every domain:", _table(table, domain_rows(inspection), 2))
+        output.text(
+            "\nIn every domain, used more than elsewhere:",
+            _table(table, domain_rows(inspection), 2),
+        )
     for trace in inspection.tokens:
         output.text("", *_coloured(trace))
     if args.html is not None:

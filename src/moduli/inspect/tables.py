@@ -39,11 +39,11 @@ def layer_rows(inspection: Inspection) -> Rows:
 
 
 def domain_rows(inspection: Inspection) -> Rows:
-    """For every domain the expert whose share in it differs most from its share in all data."""
+    """For every domain the expert whose share in it most exceeds its share in all data."""
     rows = []
     for domain in inspection.domains:
         found = [
-            (abs(share - layer.load[e]), name, e, share, layer)
+            (share - layer.load[e], name, e, share, layer)
             for name, layer in zip(_names(inspection), inspection.layers, strict=True)
             for e, share in enumerate(layer.by_domain.get(domain, ()))
         ]

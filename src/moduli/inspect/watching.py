@@ -130,16 +130,13 @@ def _listen_to_stock(model: nn.Module, see: See, undo: ExitStack) -> None:
         position = given.index("attention_mask") if "attention_mask" in given else None
         hook = MaskHook(shared, stack_name, position)
         undo.callback(stack.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
     for block, experts in stock.items():
         listener = _Listener(block, experts, shared, see)
         undo.callback(
             experts.register_forward_pre_hook(listener.on_experts, with_kwargs=True).remove
         )
-        owner = modules[names[id(experts)].rpartition(".")[0]]
-        for child_name, child in owner.named_children():
-            if child is not experts and ("gate" in child_name or "router" in child_name):
+        for name, child in model.get_submodule(block).named_children():
+            if "gate" in name or "router" in name:
                 undo.callback(child.register_forward_hook(listener.on_router).remove)
 
 
@@ -213,10 +210,18 @@ def _stock_experts(model: nn.Module) -> dict[str, Any]:
         for inner in layer.modules()
     }
     return {
-        name.rpartition(".")[0] or name: module
+        _block_of(name): module
         for name, module in model.named_modules()
         if id(module) not in ours and _is_stock(module)
     }
+
+
+def _block_of(experts: str) -> str:
+    """Name of the block that holds an experts module; PEFT wraps it once per tensor it adapts."""
+    parts = experts.split(".")
+    while parts[-1] == "base_layer":
+        parts.pop()
+    return ".".join(parts[:-1])
 
 
 def _is_stock(module: nn.Module) -> bool:
