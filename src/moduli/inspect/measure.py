@@ -128,7 +128,7 @@ class Measure:
         )
 
     def overlap(self) -> tuple[tuple[float | None, ...], ...]:
-        """[L][L] normalised mutual information of first choices; see `Inspection.overlap`."""
+        """[L, L] normalised mutual information of first choices; see `Inspection.overlap`."""
         place = {layer.name: i for i, layer in enumerate(self.layers)}
         used = [place[layer.name] for layer in self._used()]
 

@@ -44,7 +44,7 @@ class LayerInspection:
         load_entropy: entropy of `load`, divided by log E: 0 is one expert only, 1 is equal use.
         dead: experts with less than 1 % of an equal share of the load.
         duplicates: pairs of experts of almost equal parameters, with their cosine similarity.
-        coselection: [E][E] share of tokens that chose both; its diagonal is the share that chose
+        coselection: [E, E] share of tokens that chose both; its diagonal is the share that chose
             one. None if it was left out.
         by_domain: `load` of the tokens of one domain only, by domain.
         by_class: `load` of the tokens of one label only, by label.
@@ -94,7 +94,7 @@ class Selection:
 
     Attributes:
         steps: the last optimiser step of every window.
-        shares: [W][E] share of the selections in a window, by layer; a row sums to 1.
+        shares: [W, E] share of the selections in a window, by layer; a row sums to 1.
         padding: whether selections by padding were counted.
         dropped: whether selections that a capacity dropped were counted.
     """
@@ -150,8 +150,8 @@ class ActivationPattern:
     Attributes:
         layer: name of the layer's block.
         sizes: [E] neurons per block.
-        original: [T][E] positive neurons in blocks of the dense FFN's own order.
-        by_expert: [T][E] the same neurons, by expert.
+        original: [T, E] positive neurons in blocks of the dense FFN's own order.
+        by_expert: [T, E] the same neurons, by expert.
     """
 
     layer: str
@@ -181,7 +181,7 @@ class Inspection:
     Attributes:
         title: what was inspected, in a few words.
         layers: one record per routed layer, in the order of the model.
-        overlap: [L][L] normalised mutual information of the first choices of two layers over the
+        overlap: [L, L] normalised mutual information of the first choices of two layers over the
             same tokens, 0 independent, 1 the same up to names; None where layers of two stacks see
             different tokens.
         domains: names, in the order of the data.

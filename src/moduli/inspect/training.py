@@ -53,7 +53,7 @@ class SelectionOverTraining(TrainerCallback, ExportableState):
         self.padding = padding
         self.dropped = dropped
         self.steps: list[int] = []
-        self.windows: dict[str, list[list[int]]] = {}  # [W][E] by layer
+        self.windows: dict[str, list[list[int]]] = {}  # [W, E] by layer
         self.counts: dict[str, Tensor] = {}  # [E] by layer, of the window that is open
         self._undo = ExitStack()
 
