@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, set_seed
 
 import moduli
-from moduli.errors import ConfigError
+from moduli.errors import CheckpointError, ConfigError
 from moduli.surgery.locate import find_ffns
 from moduli.surgery.modular import routed_layers
 from moduli.training.callbacks import Progress
@@ -152,6 +152,13 @@ def classifier(method: str) -> nn.Module:
     return model
 
 
+def labelled() -> list[dict[str, Any]]:
+    return [
+        {"text": row["text"], "label": int(row["label"] == "good")}
+        for row in tinykinds.rows("classification")
+    ]
+
+
 class KilledError(Exception):
     pass
 
@@ -161,19 +168,18 @@ def kill(progress: Progress) -> None:
         raise KilledError
 
 
-@pytest.mark.parametrize("targets", [(), ("intermediate.dense", "query")])
-@pytest.mark.parametrize("method", METHODS)
+FFN_TOO = ("intermediate.dense", "query")
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [*((method, ()) for method in METHODS), ("split", FFN_TOO), ("copied gate", FFN_TOO)],
+)
 def test_lora_trains_its_part_resumes_bit_for_bit_and_merges(
     method: str, targets: tuple[str, ...], tmp_path: Path
 ) -> None:
-    if method == "owned experts" and targets:
-        targets = ("query", "attention.output.dense")  # experts have no Linear layers
     how = settings(trains="lora", lora_rank=3, lora_targets=targets)
-    processor = tinykinds.tokenizer()
-    rows = [
-        {"text": row["text"], "label": int(row["label"] == "good")}
-        for row in tinykinds.rows("classification")
-    ]
+    processor, rows = tinykinds.tokenizer(), labelled()
 
     def run(out: Path | None, on_progress: Callable[[Progress], None] | None = None) -> Any:
         model = prepare(classifier(method), how)
@@ -225,6 +231,30 @@ def test_lora_trains_its_part_resumes_bit_for_bit_and_merges(
         assert routed_layers(merged).keys() == routed_layers(before).keys()
         moduli.merge(merged)
         assert not moduli.is_modular(merged)
+
+
+def test_an_adapter_is_not_resumed_into_another_order_of_neurons(tmp_path: Path) -> None:
+    how = settings(trains="lora", lora_targets=("intermediate.dense",), max_steps=2)
+
+    def run(seed: int) -> int | None:
+        model = classifier("dense")
+        moduli.convert(model, moduli.EMoE(num_experts=4, top_k=2, split="random", seed=seed))
+        result = finetune(
+            prepare(model, how),
+            tinykinds.tokenizer(),
+            "classification",
+            labelled(),
+            settings=how,
+            seed=3,
+            out=tmp_path,
+            checkpoint_every=1,
+        )
+        return result.resumed_from
+
+    assert run(seed=0) is None
+    assert run(seed=0) == 2
+    with pytest.raises(CheckpointError, match="another order"):
+        run(seed=1)
 
 
 def test_factors_are_a_function_of_the_seed() -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,19 @@ class ReportProgress(TrainerCallback):
                     learning_rate=logs["learning_rate"],
                 )
             )
+
+
+class KeepLayout(TrainerCallback):
+    """Puts the config of the model beside an adapter, whose checkpoint has none by itself.
+
+    The order of neurons is in it, by which a checkpoint of another model is told apart.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """A checkpoint of the whole model has its config already."""
+        if hasattr(model, "peft_config"):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            model.config.save_pretrained(folder)
 
 
 class StopOnNonFinite(TrainerCallback):

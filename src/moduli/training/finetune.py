@@ -295,7 +295,12 @@ def _trainer(
     from torch.utils.data import DataLoader, Dataset
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    from moduli.training.callbacks import ReportProgress, StopOnNonFinite, StopWhenAsked
+    from moduli.training.callbacks import (
+        KeepLayout,
+        ReportProgress,
+        StopOnNonFinite,
+        StopWhenAsked,
+    )
 
     strategy = "no" if not save else "epoch" if checkpoint_every is None else "steps"
     arguments = TrainingArguments(
@@ -350,7 +355,7 @@ def _trainer(
         train_dataset=examples.items,
         data_collator=collate,
         processing_class=processor,
-        callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save), *callbacks],
+        callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save), KeepLayout(), *callbacks],
         compute_loss_func=kind.loss,
     )
     # The forward of a classifier takes **kwargs, from which the Trainer concludes that it divides
