@@ -72,7 +72,7 @@ def test_all_is_the_model_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("family", "trains", "expected"),
     [
-        ("bert", "head", ("classifier.",)),
+        ("bert", "head", ("classifier.", "bert.pooler.")),
         ("vit", "head", ("classifier.",)),
         ("bert", "last:1", ("bert.encoder.layer.1.", "bert.pooler.", "classifier.")),
         ("vit", "last:1", ("vit.layers.1.", "vit.layernorm.", "classifier.")),

@@ -42,8 +42,8 @@ class FinetuneSettings:
     bf16: bool | Literal["auto"] = "auto"
     """bfloat16 autocast in training: "auto" uses it where the hardware computes in it."""
     trains: str = "all"
-    """What is trained: all, head, last:N (the last N blocks and the head) or lora (low-rank
-    factors, the head, learned routers, and experts with parameters of their own)."""
+    """What is trained: all, head (with the pooler), last:N (the last N blocks and the head) or
+    lora (low-rank factors, the head, learned routers, and experts with parameters of their own)."""
     lora_rank: int = 8
     """With lora: rank of the factors."""
     lora_alpha: int = 16

@@ -117,9 +117,17 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _head_parameters(model: nn.Module) -> set[str]:
-    """Names of all parameters outside the pretrained part."""
-    heads = {f"{name}.{inner}" for name, m in head_modules(model).items() for inner in _names(m)}
-    return heads | _loose_parameters(model)
+    """Names of all parameters outside the pretrained part, and of the pooler in front of them.
+
+    A pooler is fitted to what a model was pretrained for. Frozen, it hides from the head what the
+    blocks know: on MiniLM nothing is learnt behind it.
+    """
+    heads = head_modules(model)
+    base: Any = getattr(model, "base_model", model)
+    if heads and isinstance(pooler := getattr(base, "pooler", None), nn.Module):
+        heads[f"{model.base_model_prefix}.pooler"] = pooler
+    found = {f"{name}.{inner}" for name, module in heads.items() for inner in _names(module)}
+    return found | _loose_parameters(model)
 
 
 def _loose_parameters(model: nn.Module) -> set[str]:

@@ -1,0 +1,111 @@
+"""Put the tables of the studies into the README and the pages that quote them.
+
+    python benchmarks/emoe/tables.py            writes what is between the markers
+    python benchmarks/emoe/tables.py --check    exits 1 if something there is not up to date
+
+A place is `<!-- emoe:NAME -->` ... `<!-- /emoe -->`; its content is made from
+benchmarks/results/emoe/NAME.json, which study.py writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "emoe"
+PAGES = ("README.md", "docs/methods/emoe.md", "docs/methods/gmoe.md", "docs/evidence.md")
+PLACE = re.compile(r"(<!-- emoe:([\w-]+) -->\n).*?(<!-- /emoe -->)", re.DOTALL)
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in (ROOT / name for name in PAGES):
+        old = page.read_text(encoding="utf-8")
+        new = filled(old)
+        if new != old:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if check and stale:
+        sys.stderr.write(
+            f"not up to date: {', '.join(stale)}; run python benchmarks/emoe/tables.py\n"
+        )
+        return 1
+    return 0
+
+
+def filled(text: str) -> str:
+    """The text with every place filled anew."""
+
+    def content(place: re.Match[str]) -> str:
+        summary = json.loads((RESULTS / f"{place[2]}.json").read_text(encoding="utf-8"))
+        return f"{place[1]}{markdown(place[2], summary)}{place[3]}"
+
+    return PLACE.sub(content, text)
+
+
+def markdown(name: str, summary: dict[str, Any]) -> str:
+    """The main table of a study, what it can resolve, and the command."""
+    table = summary["tables"][0]
+    share = table["share"]
+    shown = [c for c in table["rows"][0]["cells"] if c["kind"] != "one domain"]
+    places = [table["rows"][0]["cells"].index(c) for c in shown]
+    costs = {cost["label"]: cost for cost in summary["costs"]}
+    titles = {"in-domain": "in-domain", "out-of-domain": "out of domain"}
+    head = ["method", *(titles[c["kind"]] for c in shown)]
+    head += [f"difference {titles[c['kind']]}" for c in shown] + ["training time"]
+    lines = [
+        f"| {' | '.join(head)} |",
+        f"|---|{'--:|' * (len(head) - 1)}",
+    ]
+    for row in table["rows"]:
+        cells = [row["cells"][place] for place in places]
+        means = [f"{score(c['mean'], share)} ± {score(c['sd'] or 0, share)}" for c in cells]
+        differences = [difference(c["difference"], share) for c in cells]
+        ratio = costs.get(row["label"], {}).get("cpu_ratio")
+        time = "" if ratio is None or row["edit"] else f"{ratio:.2f}"
+        lines.append(f"| {' | '.join([row['label'], *means, *differences, time])} |")
+    runs = summary["finished"]
+    unit = "in percent, differences in points" if share else "lower is better"
+    lines += [
+        "",
+        f"{table['title'].capitalize()} {unit}; mean ± standard deviation over seeds, paired "
+        f"difference to {table['rows'][0]['label']} with its 95 % interval; training time in "
+        f"processor time over that of {table['rows'][0]['label']}. {runs} of "
+        f"{summary['planned']} runs. {' '.join(summary['power'])} "
+        f"`python benchmarks/emoe/study.py {name}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def score(value: float, share: bool) -> str:
+    """A share in percent, anything else as it is."""
+    return f"{100 * value:.1f}" if share else f"{value:.3f}"
+
+
+def difference(found: dict[str, Any] | None, share: bool) -> str:
+    """A difference with its interval."""
+    if found is None:
+        return ""
+
+    def signed(value: float) -> str:
+        return (f"{100 * value:+.1f}" if share else f"{value:+.3f}").replace("-", "−")
+
+    interval = found["interval_95_paired_t"]
+    return signed(found["mean"]) + (
+        "" if interval is None else f" ({signed(interval[0])} to {signed(interval[1])})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
