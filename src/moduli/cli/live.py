@@ -165,7 +165,8 @@ class StudyProgress:
 
 def _means(records: list[RunRecord], metric: str) -> tuple[float | None, float | None]:
     """Mean score of runs on the domains they were trained on, and on the others."""
-    inside, outside = [], []
+    inside: list[float] = []
+    outside: list[float] = []
     for record in records:
         for domain, score in record.scores.items():
             (inside if domain in record.spec.train_domains else outside).append(score[metric])
