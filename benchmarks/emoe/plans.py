@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import moduli
 from moduli.methods.dense import Dense
-from moduli.study.plan import Arm, Plan, TaskSpec, also_tested, arm
+from moduli.study.plan import Plan, TaskSpec, arm
 from moduli.training.settings import FinetuneSettings
 
 SENTIMENT = {"max_train": 1500, "max_validation": 300, "max_test": 600}
@@ -31,15 +31,15 @@ def emoe(num_experts: int = 64, top_k: int = 32, layers: str = "last:2", **more:
 def text_search() -> Plan:
     """Methods and their settings, two epochs on 1000 rows of each source, one seed."""
     arms = (
-        arm(Dense(), learning_rate=(5e-5, 1e-4, 2e-4)),
+        arm(Dense(), learning_rate=(1e-4, 2e-4, 4e-4)),
         *(arm(emoe(n, k)) for n, k in ((16, 4), (16, 8), (64, 16))),
-        arm(emoe(), learning_rate=(5e-5, 1e-4, 2e-4)),
+        arm(emoe(), learning_rate=(1e-4, 2e-4, 4e-4)),
         arm(emoe(layers="last:1")),
         arm(emoe(layers="all")),
         arm(emoe(top_k=16, layers="all")),
-        arm(emoe(choose="bottom")),
-        arm(emoe(choose="not_top")),
-        arm(emoe(split="random")),
+        arm(emoe(top_k=16, choose="bottom")),
+        arm(emoe(top_k=16, choose="not_top")),
+        arm(emoe(top_k=16, split="random")),
         arm(emoe(gate="cosine")),
         arm(moduli.GMoE(num_experts=6, top_k=2, layers="last:1")),
         arm(Dense(), trains="lora", learning_rate=(1e-3, 3e-3)),

@@ -36,8 +36,8 @@ def main() -> int:
     from moduli.inspect.files import write_text
     from moduli.study.compare import collect, compare
     from moduli.study.report import summary_dict, write_report
-    from moduli.study.wording import headline
     from moduli.study.table import tabulate
+    from moduli.study.wording import headline
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=list(PLANS))
