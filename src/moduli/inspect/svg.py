@@ -1,6 +1,6 @@
 """Figures as elements of a page: SVG text that takes its colours and its font from around it.
 
-The page defines `--ink`, `--soft`, `--rule` and `--series-0` to `--series-3`, for light and for
+The page defines `--ink`, `--soft`, `--rule` and `--series-0` to `--series-7`, for light and for
 dark; no figure names a colour. Heat maps are drawn here, in nine strengths of one colour with one
 path per strength, so that 64 x 64 cells stay small; `page_svg` does the same for matplotlib.
 
@@ -18,7 +18,8 @@ from moduli.inspect.charts import Bars, Chart, HeatMap
 from moduli.inspect.text import shortened
 
 # matplotlib wants colours; these stand for CSS variables of the page and are replaced in the SVG.
-INK, RULE, SERIES = "#010203", "#040506", ("#070809", "#0a0b0c", "#0d0e0f", "#101112")
+INK, RULE = "#010203", "#040506"
+SERIES = tuple(f"#0708{i:02x}" for i in range(8))
 VARIABLES = {
     INK: "var(--ink)",
     RULE: "var(--rule)",

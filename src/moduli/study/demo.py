@@ -77,7 +77,7 @@ def run_demo(
     study = compare(plan, [task], root, keep_models=(name,), on_event=on_event)
     report = root / "report.html"
     if study.records:
-        write_report(study, report, command=command)
+        write_report(study, report, root=root, command=command)
     chosen = best_by_validation(study.finished(modular))
     handed_back = hand_back(chosen, root / chosen.spec.key, task, root / "model", on_event=on_line)
     return Demo(study, chosen, handed_back, report)

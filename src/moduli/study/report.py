@@ -1,139 +1,176 @@
-"""The report of a study: one self-contained HTML file, a pure function of the table of runs."""
+"""The report of a study: an HTML file for people, a dictionary for machines.
+
+Both are pure functions of the table of runs. Every number says which runs it is made from: cells
+and figures carry their keys in `data-runs`, and the appendix has a line for each run.
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moduli.errors import ConfigError
+from moduli.inspect.files import write_text
+from moduli.inspect.html import render
+from moduli.inspect.record import Inspection
+from moduli.study import evidence, sections, wording
+from moduli.study.analyses import Analysis, analyses, train_and_test
 from moduli.study.compare import Study
 from moduli.study.figures import difference_plot
-from moduli.study.records import RunRecord, write_text
-from moduli.study.spec import method_labels
-from moduli.study.table import Cell, Table, tabulate
-from moduli.study.wording import difference, headline, interval_text, percent, value
+from moduli.study.inspections import panels, read_inspections, uninspected
+from moduli.study.plan import Unit
+from moduli.study.selection import TRAINING_DOMAIN
+from moduli.study.statistics import PairedDifference
+from moduli.study.table import Cell, Column, Split, Table, tabulate
 
 
-def write_report(study: Study, path: Path, *, command: Sequence[str]) -> None:
+def write_report(
+    study: Study,
+    path: Path,
+    *,
+    root: Path,
+    rule: str = TRAINING_DOMAIN,
+    split: Split = "test",
+    command: Sequence[str],
+) -> None:
     """Write the report; the file is there completely or not at all.
 
     Args:
         study: at least one finished run.
         path: the HTML file.
+        root: where the directories of the runs are; what inspections they hold are shown.
+        rule: by which learning rates are chosen (`moduli.study.selection`).
+        split: whose scores are shown; a search for settings looks at "validation" only.
         command: what produced the study, for the section on running it again.
+
+    Raises:
+        ConfigError: no run has finished, or the rule does not work for these data.
+        UnknownNameError: there is no such rule.
+        CheckpointError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, render_report(study, command=command))
-
-
-def render_report(study: Study, *, command: Sequence[str]) -> str:
-    """The HTML of the report; see `write_report`."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("moduli.study", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    found, notes = read_inspections(study, root)
+    text = render_report(
+        study, inspections=found, notes=notes, rule=rule, split=split, command=command
     )
-    environment.filters.update(
-        percent=percent, value=value, difference=difference, interval=interval_text
-    )
-    main = tabulate(study)
-    comparable = len(main.rows) > 1
-    page = environment.get_template("report.html.j2").render(
+    write_text(path, text)
+
+
+def render_report(
+    study: Study,
+    *,
+    inspections: Mapping[str, Inspection],
+    notes: Sequence[str] = (),
+    rule: str = TRAINING_DOMAIN,
+    split: Split = "test",
+    command: Sequence[str],
+) -> str:
+    """The HTML of the report; see `write_report`.
+
+    Args:
+        study: at least one finished run.
+        inspections: of runs, by key.
+        notes: sentences on inspections that could not be read.
+        rule: by which learning rates are chosen.
+        split: whose scores are shown.
+        command: what produced the study.
+
+    Raises:
+        ConfigError: no run counts yet, or the rule does not work for these data.
+        UnknownNameError: there is no such rule.
+    """
+    main = tabulate(study, rule=rule, split=split)
+    if not main.rows:
+        raise ConfigError(
+            "No method has finished a seed with all of its learning rates, so none can be chosen "
+            "and there is nothing to show yet."
+        )
+    shown = evidence.shown(main)
+    compared = any(cell.difference for row in main.rows for cell in row.cells)
+    return render(
+        "moduli.study",
+        "report.html.j2",
+        say=wording,
         study=study,
         title=title(study),
-        headline=headline(main),
-        main=main,
-        others=[tabulate(study, metric.name) for metric in study.kind.metrics if metric.note],
-        figure=difference_plot(main) if comparable else None,
-        seeds=sorted({record.spec.seed for record in study.records}),
-        conversions=conversions(study),
-        merging=merging(study),
-        settings=settings_of(study),
-        first=study.records[0],
-        seconds=sum(sum(record.seconds.values()) for record in study.records),
+        claims=wording.claims(main),
+        main=shown,
+        others=[
+            evidence.shown(tabulate(study, metric.name, rule=rule, split=split))
+            for metric in study.kind.metrics
+            if metric.note
+        ],
+        compared=compared,
+        difference_figure=difference_plot(shown) if compared else None,
+        tests=evidence.paired_tests(shown),
+        chosen=evidence.chosen(study, main),
+        rates=evidence.rates_used(study, main),
+        per_unit=evidence.per_unit(study, main),
+        ranks=evidence.ranks(main),
+        costs=sections.costs(study, main),
+        train_and_test=train_and_test(main),
+        edited=sections.edited(study, main),
+        analyses=analyses(study, main),
+        panels=panels(study, inspections),
+        uninspected=uninspected(study, inspections),
+        notes=notes,
+        conversions=sections.conversions(study),
+        settings=sections.settings_of(study),
+        environment=sections.environment_of(study),
+        counted=list(dict.fromkeys(k for row in shown.rows for c in row.cells for k in c.runs)),
+        runs_table=sections.all_runs(study, main),
         command=shlex.join(command),
     )
-    return str(page)
 
 
 def title(study: Study) -> str:
-    """The methods and the task: "emoe against dense on sentiment"."""
-    baseline, *others = method_labels(study.plan.methods)
+    """The arms and the tasks: "emoe against dense on sentiment"."""
+    baseline, *others = study.plan.labels
+    if len(others) > 4:
+        others = [f"{len(others)} methods"]
     compared = f"{', '.join(others)} against {baseline}" if others else baseline
-    return f"{compared} on {study.plan.task}"
+    return f"{compared} on {', '.join(task.name for task in study.plan.tasks)}"
 
 
-def conversions(study: Study) -> list[tuple[str, dict[str, Any]]]:
-    """The conversion report of the first finished run of every method that has one."""
-    found = []
-    labels = method_labels(study.plan.methods)
-    for method, label in zip(study.plan.methods, labels, strict=True):
-        for record in study.of(method).values():
-            if record.conversion is not None:
-                found.append((label, dict(record.conversion)))
-                break
-    return found
+def summary_dict(
+    study: Study, *, rule: str = TRAINING_DOMAIN, split: Split = "test"
+) -> dict[str, Any]:
+    """The study's result for machines: what the report says, with the runs behind every number.
 
+    Args:
+        study: at least one finished run.
+        rule: by which learning rates are chosen.
+        split: whose scores.
 
-def merging(study: Study) -> list[dict[str, Any]]:
-    """Per run: how many test predictions merging changed, and the score before and after."""
-    found = []
-    labels = dict(
-        zip(map(_key, study.plan.methods), method_labels(study.plan.methods), strict=True)
-    )
-    for record in study.records:
-        if record.merged is None or record.changed is None:
-            continue
-        tested = sum(int(score["n"]) for score in record.scores.values())
-        found.append(
-            {
-                "label": labels[_key(record.spec.method)],
-                "seed": record.spec.seed,
-                "changed": sum(record.changed.values()),
-                "tested": tested,
-                "routed": pooled_score(record, study.kind.primary.name, merged=False),
-                "merged": pooled_score(record, study.kind.primary.name, merged=True),
-                "exact": bool((record.merge or {}).get("exact", False)),
-            }
-        )
-    return found
-
-
-def pooled_score(record: RunRecord, metric: str, *, merged: bool) -> float:
-    """Mean of a metric over the domains, weighted by what was tested there."""
-    scores = (record.merged if merged else record.scores) or {}
-    total = sum(score[metric] * score["n"] for score in scores.values())
-    return float(total / sum(score["n"] for score in scores.values()))
-
-
-def settings_of(study: Study) -> list[tuple[str, str]]:
-    """Everything that shaped the runs, as name and value."""
-    spec = study.records[0].spec
-    rows = [("model", spec.model), ("task", spec.task), ("trained on", spec.train_domain)]
-    rows += [(key, str(value)) for key, value in spec.data.items()]
-    rows += [(key, str(value)) for key, value in spec.to_dict()["settings"].items()]
-    labels = method_labels(study.plan.methods)
-    for method, label in zip(study.plan.methods, labels, strict=True):
-        shown = ", ".join(f"{k}={v}" for k, v in method.config.items() if v is not None)
-        rows.append((label, shown or "no settings"))
-    return rows
-
-
-def summary_dict(study: Study) -> dict[str, Any]:
-    """The study's result for machines: headline, tables, failures."""
+    Raises:
+        ConfigError: no run has finished, or the rule does not work for these data.
+    """
+    main = tabulate(study, rule=rule, split=split)
+    claims = wording.claims(main)
+    ranks = evidence.ranks(main)
+    made = [*analyses(study, main), train_and_test(main)]
     return {
-        "headline": headline(tabulate(study)),
+        "headline": [claim.text for claim in claims],
+        "power": [claim.power for claim in claims if claim.power is not None],
+        "split": split,
+        "selection": _selection(study, main),
         "tables": [
-            _table_dict(tabulate(study, metric.name))
+            _table(
+                study,
+                main
+                if metric == study.kind.primary
+                else tabulate(study, metric.name, rule=rule, split=split),
+            )
             for metric in study.kind.metrics
             if metric == study.kind.primary or metric.note
         ],
-        "runs": {record.spec.key: record.to_dict() for record in study.records},
+        "friedman": None if ranks is None else _ranks(study, ranks),
+        "costs": [asdict(cost) for cost in sections.costs(study, main)],
+        "edits": [asdict(edit) for edit in sections.edited(study, main)],
+        "analyses": [_analysis(study, analysis) for analysis in made if analysis is not None],
+        "runs": {key: record.to_dict() for key, record in study.records.items()},
         "failures": [
             {"run": f.spec.key, "method": f.spec.method.name, "seed": f.spec.seed}
             | {"error": f.error, "message": f.message}
@@ -142,40 +179,83 @@ def summary_dict(study: Study) -> dict[str, Any]:
     }
 
 
-def _table_dict(table: Table) -> dict[str, Any]:
+def _selection(study: Study, table: Table) -> dict[str, Any]:
+    """`Choice.to_dict` with arms and units called as in the tables."""
+    data = table.choice.to_dict()
+    for group in data["groups"]:
+        group["arm"] = study.plan.labels[group["arm"]]
+        group["stratum"] = evidence.unit_label(study, Unit(**group["stratum"]))
+    return data
+
+
+def _table(study: Study, table: Table) -> dict[str, Any]:
     return {
         "metric": table.metric.name,
         "rows": [
-            {
-                "label": row.label,
-                "cells": [
-                    {"column": column.title, **_cell_dict(cell)}
-                    for column, cell in zip(table.columns, row.cells, strict=True)
-                ],
-            }
+            {"label": row.label, "edit": row.edit, "cells": _cells(study, table.columns, row.cells)}
             for row in table.rows
         ],
     }
 
 
-def _cell_dict(cell: Cell) -> dict[str, Any]:
-    d = cell.difference
+def _cells(study: Study, columns: Sequence[Column], cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    return [
+        {
+            "column": column.title,
+            "kind": column.kind,
+            "mean": cell.summary.mean,
+            "sd": cell.summary.sd,
+            "n": cell.summary.n,
+            "values": _values(study, cell.values.items()),
+            "difference": None if cell.difference is None else _difference(study, cell.difference),
+            "runs": list(cell.runs),
+        }
+        for column, cell in zip(columns, cells, strict=True)
+    ]
+
+
+def _difference(study: Study, d: PairedDifference) -> dict[str, Any]:
     return {
-        "mean": cell.summary.mean,
-        "sd": cell.summary.sd,
-        "n": cell.summary.n,
-        "by_seed": {str(seed): value for seed, value in cell.values.items()},
-        "difference": None
-        if d is None
-        else {
-            "mean": d.mean,
-            "n": d.n,
-            "interval_95_paired_t": d.interval,
-            "interval_95_bootstrap": d.bootstrap,
-            "by_seed": dict(zip(map(str, d.seeds), d.values, strict=True)),
-        },
+        "mean": d.mean,
+        "sd": d.sd,
+        "n": d.n,
+        "interval_95_paired_t": d.interval,
+        "interval_95_bootstrap": d.bootstrap,
+        "p_t": d.p_t,
+        "p_wilcoxon": d.p_wilcoxon,
+        "resolves": d.resolves,
+        "values": _values(study, zip(d.pairs, d.values, strict=True)),
     }
 
 
-def _key(method: Any) -> str:
-    return f"{method.name} {sorted(method.config.items(), key=str)}"
+def _values(study: Study, pairs: Iterable[tuple[Any, float]]) -> list[dict[str, Any]]:
+    return [
+        {"unit": evidence.unit_label(study, unit), "seed": seed, "value": value}
+        for (unit, seed), value in pairs
+    ]
+
+
+def _ranks(study: Study, ranks: evidence.Ranks) -> dict[str, Any]:
+    test = ranks.test
+    return {
+        "ranks": dict(test.ranks),
+        "test_sets": [
+            {"unit": evidence.unit_label(study, unit), "domain": domain}
+            for unit, domain in ranks.test_sets
+        ],
+        "chi2": test.chi2,
+        "p": test.p,
+        "critical_difference": test.critical_difference,
+        "runs": list(ranks.runs),
+    }
+
+
+def _analysis(study: Study, analysis: Analysis) -> dict[str, Any]:
+    return {
+        "name": analysis.name,
+        "text": list(analysis.text),
+        "rows": [
+            {"label": label, "cells": _cells(study, analysis.columns, cells)}
+            for label, cells in analysis.numbers
+        ],
+    }

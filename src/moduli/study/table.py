@@ -65,6 +65,8 @@ class Table:
     rows: tuple[Row, ...]
     choice: Choice
     units: tuple[Unit, ...]
+    split: Split = "test"
+    """Whose scores it has."""
 
 
 def tabulate(
@@ -117,7 +119,7 @@ def tabulate(
                 cells.append(Cell(values, summarise(values), difference, keys))
             title = f"{label} ({edit})" if edit else label
             rows.append(Row(title, number, edit, tuple(cells)))
-    return Table(chosen, tuple(columns), tuple(rows), choice, tuple(units))
+    return Table(chosen, tuple(columns), tuple(rows), choice, tuple(units), split)
 
 
 def columns_of(study: Study, units: Sequence[Unit], split: Split = "test") -> list[Column]:
@@ -184,7 +186,7 @@ def values_of(
     return found, tuple(keys)
 
 
-def scores_of(record: RunRecord, what: str) -> Mapping[str, Mapping[str, float]]:
+def scores_of(record: RunRecord, what: str) -> Mapping[str, Mapping[str, int | float]]:
     """Scores by domain: of the "test" or "validation" split, or the test scores after an edit."""
     own = {"test": record.scores, "validation": record.validation}
     return own[what] if what in own else record.variants[what].scores

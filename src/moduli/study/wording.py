@@ -1,56 +1,139 @@
 """Numbers and differences in words, the same in terminal and report.
 
 No sentence says more than its interval carries: where the interval of a paired difference covers
-zero, the sentence says that nothing was shown.
+zero, the sentence says that nothing was shown, and beside it stands how small a difference the
+study could have shown. Where several methods are compared, p-values are corrected for that.
 """
 
 from __future__ import annotations
 
-from moduli.study.statistics import PairedDifference
-from moduli.study.table import Table
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from moduli.study.statistics import PairedDifference, holm, pairs_needed
+from moduli.study.table import Cell, Row, Table
 from moduli.training.metrics import Metric
 
 MINUS = "\N{MINUS SIGN}"
+PLACES = {"in-domain": "in-domain", "out-of-domain": "out of domain"}
+MANY = 4
+"""Rows beyond which the headline has one sentence per finding, not one per row."""
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the headline, and what the study could have shown; None without intervals."""
+
+    text: str
+    power: str | None = None
 
 
 def headline(table: Table) -> list[str]:
     """What the numbers support, one sentence per method and place."""
+    return [claim.text for claim in claims(table)]
+
+
+def claims(table: Table) -> list[Claim]:
+    """The headline with the power of every statement on other domains.
+
+    With more than four rows, methods of which the same can be said share a sentence, and models
+    that were edited have none.
+    """
     if len(table.rows) < 2:
-        return ["Only one method has finished runs, so there is nothing to compare yet."]
-    sentences = []
-    for row in table.rows[1:]:
-        for column, cell in zip(table.columns, row.cells, strict=True):
-            if column.kind != "one domain" and cell.difference is not None:
-                place = "in-domain" if column.kind == "in-domain" else "out of domain"
-                sentences.append(
-                    claim(row.label, table.rows[0].label, place, cell.difference, table.metric)
-                )
-    return sentences
+        return [Claim("Only one method has finished runs, so there is nothing to compare yet.")]
+    rows = table.rows[1:]
+    found = list(_grouped(table) if crowded(table) else _each(table, rows))
+    if found:
+        return found
+    first = table.rows[0]
+    what = (
+        f"No method has a seed in common with {first.label}"
+        if first.arm == 0
+        else "The method that the others are compared with has no finished runs"
+    )
+    return [Claim(f"{what}, so there is nothing to compare yet.")]
+
+
+def crowded(table: Table) -> bool:
+    """Whether there are too many rows to speak of each."""
+    return len(table.rows) - 1 > MANY
+
+
+def adjusted(table: Table, place: int, name: str) -> list[float | None]:
+    """P-values of all rows in a column, corrected for how many methods are compared (Holm).
+
+    Args:
+        table: methods and edits.
+        place: index of the column.
+        name: "p_t" or "p_wilcoxon".
+
+    Returns:
+        One per row. A method as tuned is corrected for the methods as tuned, an edited one for
+        those with the same edit.
+    """
+    found: list[float | None] = [None] * len(table.rows)
+    for edit in {row.edit for row in table.rows}:
+        family = [i for i, row in enumerate(table.rows) if row.edit == edit]
+        raw = [table.rows[i].cells[place].difference for i in family]
+        corrected = holm([None if d is None else getattr(d, name) for d in raw])
+        for i, p in zip(family, corrected, strict=True):
+            found[i] = p
+    return found
 
 
 def claim(label: str, baseline: str, place: str, d: PairedDifference, metric: Metric) -> str:
     """One sentence on one paired difference that says no more than its interval does."""
-    pairs = f"{d.n} paired seeds" if d.n > 1 else "1 seed"
     if d.interval is None:
+        why = "too little for an interval" if d.sd is None else "equal in all, so no interval"
         return (
             f"{label} against {baseline} {place}: {with_unit(d.mean, metric)} "
-            f"({pairs}; too little for an interval)."
+            f"({pairs_text(d)}; {why})."
         )
-    shown = f"95 % interval {interval_text(d.interval, metric)}, {pairs}"
+    shown = f"95 % interval {interval_text(d.interval, metric)}, {pairs_text(d)}"
     if d.sign == 0:
         return (
             f"No difference between {label} and {baseline} was shown {place}: "
             f"{with_unit(d.mean, metric)} on average ({shown})."
         )
     word = "higher" if d.sign > 0 else "lower"
-    size = difference(abs(d.mean), metric).removeprefix("+")
     if metric.share:
-        return f"{label} scored {word} than {baseline} {place} by {size} points ({shown})."
+        return f"{label} scored {word} than {baseline} {place} by {size(d.mean, metric)} ({shown})."
     better = "better" if (d.sign > 0) == metric.higher_is_better else "worse"
+    amount = difference(abs(d.mean), metric).removeprefix("+")
     return (
-        f"{label} did {better} than {baseline} {place}: its {metric.title} was {word} by {size} "
+        f"{label} did {better} than {baseline} {place}: its {metric.title} was {word} by {amount} "
         f"({shown})."
     )
+
+
+def power(d: PairedDifference, metric: Metric) -> str | None:
+    """How small a difference such pairs resolve, and what half of it takes; None if unknown."""
+    if d.resolves is None or not d.sd:
+        return None
+    strata = len({stratum for stratum, _ in d.pairs})
+    needed = pairs_needed(d.sd, d.resolves / 2, strata)
+    seeds = len(set(d.seeds))
+    return (
+        f"This study resolves differences of about {size(d.resolves, metric)} (80 % power); to "
+        f"resolve half of that it would take about {needed} seeds instead of {seeds}."
+    )
+
+
+def pairs_text(d: PairedDifference) -> str:
+    """How many pairs a difference rests on: "5 paired seeds", "15 pairs of 3 sources"."""
+    strata = len({stratum for stratum, _ in d.pairs})
+    if strata > 1:
+        return f"{d.n} paired runs on {strata} sources"
+    return f"{d.n} paired seeds" if d.n > 1 else "1 seed"
+
+
+def p_text(p: float | None) -> str:
+    """A p-value: "0.034", "< 0.001", a dash where there was no test."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def value(number: float, metric: Metric) -> str:
@@ -70,6 +153,14 @@ def with_unit(number: float, metric: Metric) -> str:
     return f"{difference(number, metric)} {'points' if metric.share else 'in ' + metric.title}"
 
 
+def size(number: float, metric: Metric) -> str:
+    """How large a difference is, without its sign."""
+    if not metric.share:
+        return f"{abs(number):.3f} in {metric.title}"
+    large = 100 * abs(number)
+    return f"{large:.1f} points" if large >= 0.1 else f"{large:.1g} points"
+
+
 def percent(value: float) -> str:
     """0.853 as 85.3."""
     return f"{100 * value:.1f}"
@@ -86,3 +177,82 @@ def interval_text(interval: tuple[float, float] | None, metric: Metric) -> str:
         return "none"
     low, high = (difference(end, metric) for end in interval)
     return f"{low} to {high}"
+
+
+def duration(seconds: float) -> str:
+    """A time in words, as roughly as it is known: "40 s", "12 min", "1 h 50 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _each(table: Table, rows: Sequence[Row]) -> Iterator[Claim]:
+    baseline = table.rows[0].label
+    families = {row.edit: sum(other.edit == row.edit for other in rows) for row in rows}
+    corrected = [adjusted(table, place, "p_t") for place in range(len(table.columns))]
+    for number, row in enumerate(rows, 1):
+        for place, (column, cell) in enumerate(zip(table.columns, row.cells, strict=True)):
+            d = cell.difference
+            if column.kind == "one domain" or d is None:
+                continue
+            text = claim(row.label, baseline, PLACES[column.kind], d, table.metric)
+            if d.sign and (methods := families[row.edit]) > 1:
+                p = p_text(corrected[place][number])
+                text = f"{text[:-2]}; p {_equals(p)} corrected for {methods} methods)."
+            told = column.kind == "out-of-domain" and row.edit is None
+            yield Claim(text, power(d, table.metric) if told else None)
+
+
+def _grouped(table: Table) -> Iterator[Claim]:
+    """For every place, the methods that were better, those that were worse, and the rest."""
+    baseline, metric = table.rows[0].label, table.metric
+    tuned = [i for i, row in enumerate(table.rows) if i and row.edit is None]
+    for place, column in enumerate(table.columns):
+        if column.kind == "one domain":
+            continue
+        where = PLACES[column.kind]
+        corrected = adjusted(table, place, "p_t")
+        parts: dict[int, list[str]] = {1: [], -1: [], 0: []}
+        alone = []
+        for i in tuned:
+            row, p = table.rows[i], corrected[i]
+            d = row.cells[place].difference
+            if d is None:
+                continue
+            if d.interval is None:
+                alone.append(f"{row.label} {difference(d.mean, metric)}")
+                continue
+            weak = d.sign and p is not None and p > ALPHA
+            parts[d.sign].append(
+                f"{row.label} {difference(d.mean, metric)} ({interval_text(d.interval, metric)}"
+                + (f"; corrected p {_equals(p_text(p))})" if weak else ")")
+            )
+        level = f"corrected for {len(tuned)} methods p is at most {ALPHA} unless it is given"
+        lines = [
+            (parts[1], f"Higher {metric.title} than {baseline} {where} ({level})"),
+            (parts[-1], f"Lower {metric.title} than {baseline} {where} ({level})"),
+            (parts[0], f"No difference to {baseline} was shown {where}"),
+            (alone, f"Against {baseline} {where}, with too few runs for an interval"),
+        ]
+        found = [f"{start}: {', '.join(said)}." for said, start in lines if said]
+        shown = (
+            _resolved([table.rows[i].cells[place] for i in tuned], metric)
+            if column.kind == "out-of-domain"
+            else None
+        )
+        for number, text in enumerate(found, 1):
+            yield Claim(text, shown if number == len(found) else None)
+
+
+def _resolved(cells: Sequence[Cell], metric: Metric) -> str | None:
+    """The power line of a whole column: that of the cell in the middle."""
+    known = [c.difference for c in cells if c.difference is not None and c.difference.resolves]
+    if not known:
+        return None
+    known.sort(key=lambda d: d.resolves or 0.0)
+    return power(known[len(known) // 2], metric)
+
+
+def _equals(p: str) -> str:
+    return p if p.startswith("<") else f"= {p}"
