@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import moduli
 from moduli.methods.dense import Dense
-from moduli.study.plan import Plan, TaskSpec, arm
+from moduli.study.plan import Plan, TaskSpec, also_tested, arm
 from moduli.training.settings import FinetuneSettings
 
 SENTIMENT = {"max_train": 1500, "max_validation": 300, "max_test": 600}
@@ -81,10 +81,71 @@ def vision_search() -> Plan:
 VENDORS = (("noto", "twemoji", "fluent-emoji-flat"), ("openmoji", "emojione-monotone", "fxemoji"))
 """Trained on in turn: coloured ones, and two of line art with a coloured one."""
 
+
+def text() -> Plan:
+    """The comparison: every source in turn, eight seeds; settings from `text_search`."""
+    arms = (
+        arm(Dense(), learning_rate=2e-4),
+        arm(emoe(), learning_rate=2e-4),
+        arm(emoe(gate="cosine"), learning_rate=2e-4, label="emoe-learn"),
+        arm(moduli.GMoE(num_experts=6, top_k=2, layers="last:1"), learning_rate=2e-4),
+        arm(Dense(), trains="lora", learning_rate=3e-3),
+        arm(emoe(), trains="lora", learning_rate=3e-3),
+    )
+    return Plan(
+        model="minilm",
+        tasks=(TaskSpec("sentiment", SENTIMENT),),
+        sources="each",
+        arms=also_tested(arms, pruned=True, cross=True),
+        seeds=tuple(range(8)),
+        settings=FinetuneSettings(epochs=2),
+    )
+
+
+def vision() -> Plan:
+    """The comparison on pictures: two choices of vendors to train on, five seeds."""
+    arms = (
+        arm(Dense(), trains="head", learning_rate=3e-3),
+        arm(Dense(), learning_rate=5e-5),
+        arm(emoe(24, 12, [8, 10]), learning_rate=5e-5),
+        arm(moduli.GMoE(num_experts=6, top_k=2, layers=[10]), learning_rate=5e-5),
+        arm(Dense(), trains="lora", learning_rate=5e-4),
+        arm(emoe(24, 12, [8, 10]), trains="lora", learning_rate=5e-4),
+    )
+    return Plan(
+        model="vit-s",
+        tasks=(TaskSpec("emoji", {"max_train": 300, "max_validation": 40, "max_test": 100}),),
+        sources=VENDORS,
+        arms=also_tested(arms, pruned=True, cross=True),
+        seeds=tuple(range(5)),
+        settings=FinetuneSettings(epochs=2),
+    )
+
+
+def language() -> Plan:
+    """A decoder learns the language of one genre, with low-rank factors; three seeds."""
+    split = emoe(64, 32, [16, 18, 20, 22, 24, 26, 28])
+    arms = (
+        arm(Dense(), trains="lora", learning_rate=5e-4),
+        arm(split, trains="lora", learning_rate=5e-4),
+    )
+    return Plan(
+        model="smollm2",
+        tasks=(TaskSpec("brown", {"max_validation": 1, "max_test": 2}),),
+        sources=(("news",),),
+        arms=also_tested(arms, pruned=True, cross=True),
+        seeds=(0, 1, 2),
+        settings=FinetuneSettings(max_steps=120, batch_size=2, max_length=256),
+    )
+
+
 SEARCHES = ("text-search", "vision-search")
 """They choose settings, so that only their validation scores are looked at."""
 
 PLANS: dict[str, Callable[[], Plan]] = {
     "text-search": text_search,
+    "text": text,
     "vision-search": vision_search,
+    "vision": vision,
+    "language": language,
 }
