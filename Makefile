@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all parity support lint types docs format clean
+.PHONY: help demo test test-all parity support reliability lint types docs format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,10 @@ parity: $(VENV)/.dev ## the stored reference cases alone, one line per case
 
 support: $(VENV)/.dev ## check every family with every method; rewrites the table in docs/guide/support.md
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support
+
+# RELIABILITY="--runs 40 --kills 5" does fewer.
+reliability: $(VENV)/.dev ## 200 small runs, killed 20 times, must end like a study left in peace
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.reliability.killed_study $(RELIABILITY)
 
 lint: $(VENV)/.dev ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -10,9 +10,10 @@ from typing import Any
 
 from moduli.data.task import Task
 from moduli.errors import ConfigError
+from moduli.study.inflight import BusyError
 from moduli.study.plan import Plan, Planned, Unit
 from moduli.study.records import Failure, RunRecord
-from moduli.study.run import BusyError, Listener, RunEvent, execute, failure_of
+from moduli.study.run import Listener, RunEvent, execute, failure_of
 from moduli.training.kinds.base import TaskKind, get_kind
 
 POLL_SECONDS = 2.0

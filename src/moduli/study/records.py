@@ -7,14 +7,15 @@ directory with a record is a finished run and nothing else is.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moduli.errors import CheckpointError
+from moduli.inspect.files import write_text
 from moduli.study.spec import RunSpec
+from moduli.version import __version__
 
 RECORD = "record.json"
 FAILED = "failed.json"
@@ -94,18 +95,32 @@ def read_record(directory: Path) -> RunRecord:
     """The record of a finished run.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or another version of moduli wrote it.
     """
     path = directory / RECORD
+    data: Any = None
     try:
-        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return RunRecord.from_dict(data)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} holds no finished run: it has no {RECORD}.") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is not the record of a run of this version of moduli ({error}); "
-            "delete its directory to run it again."
-        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} {_trouble(data, error)}") from None
+
+
+def _trouble(data: Any, error: Exception) -> str:
+    """What is wrong with JSON that is not a record, and what to do."""
+    try:
+        code = data["spec"]["code"]
+    except (TypeError, KeyError):
+        return f"is damaged ({error}); delete its directory to do the run again."
+    return (
+        f"was written by moduli {code} and is laid out in another way than moduli {__version__} "
+        f"reads ({type(error).__name__}: {error}). Read it with that version, choose another "
+        "directory, or delete this one to do the run again."
+    )
 
 
 def read_records(root: Path) -> list[RunRecord]:
@@ -114,16 +129,9 @@ def read_records(root: Path) -> list[RunRecord]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that the file is there completely or not at all."""
-    text = json.dumps(data, indent=1, allow_nan=True) + "\n"
-    write_text(path, text)
+    """Write JSON so that the file is there completely or not at all.
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there completely or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    write_text(path, json.dumps(data, indent=1, allow_nan=True) + "\n")

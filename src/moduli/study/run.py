@@ -1,7 +1,7 @@
 """Do one run: load, convert, tune, evaluate, merge, evaluate again, and write it all down at once.
 
-Work in flight lives in a hidden directory beside the final one (`.NAME.partial`), with the
-Trainer's checkpoints in it; a run that was killed goes on from the last of them.
+Work in flight lives in a hidden directory beside the final one (`moduli.study.inflight`), with
+the Trainer's checkpoints in it; a run that was killed goes on from the last of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moduli.data.task import Task
-from moduli.errors import CheckpointError, ConfigError
+from moduli.errors import CheckpointError
 from moduli.study.environment import hardware, versions
+from moduli.study.inflight import disk_named, disk_trouble, locked, partial_of, sweep
 from moduli.study.records import (
     FAILED,
     INSPECTION,
@@ -48,10 +49,6 @@ WINDOWS = 20
 """Of training, in each of which selections are counted."""
 INSPECTED_ROWS = 64
 """Test rows of every domain on which the experts of a tuned model are looked at."""
-
-
-class BusyError(ConfigError):
-    """Another process is working on this run."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +89,22 @@ def execute(
         on_event: called with `RunEvent`s.
 
     Raises:
-        CheckpointError: `target` exists and is not this run.
+        CheckpointError: `target` exists and is not this run, or the disk is full or cannot be
+            written to; then what is there is kept, and the next call goes on.
         BusyError: another process is working on it.
         Exception: whatever stopped the run; its reason is kept (see `failure_of`), and the next
             call starts the run again.
     """
     tell = on_event or (lambda event: None)
+    target = target.absolute()
     if (record := finished(spec, target)) is not None:
+        sweep(target)
         tell(RunEvent(spec, "known", record))
         return record
-    target = target.absolute()
     partial = partial_of(target)
-    with _locked(target):
+    with disk_named(target), locked(target):
         if (record := finished(spec, target)) is not None:
+            shutil.rmtree(partial, ignore_errors=True)
             tell(RunEvent(spec, "known", record))
             return record
         if not _same_spec(partial, spec) or (partial / FAILED).exists():
@@ -115,9 +115,10 @@ def execute(
         try:
             record = _work(spec, task, partial, keep_model, checkpoint_every, tell)
         except Exception as error:
-            failure = Failure(spec, type(error).__name__, str(error))
-            write_json(partial / FAILED, {"error": failure.error, "message": failure.message})
-            tell(RunEvent(spec, "failed", failure))
+            if disk_trouble(error) is None:  # which is not the run's fault
+                failure = Failure(spec, type(error).__name__, str(error))
+                write_json(partial / FAILED, {"error": failure.error, "message": failure.message})
+                tell(RunEvent(spec, "failed", failure))
             raise
         os.rename(partial / "result", target)
         shutil.rmtree(partial)
@@ -125,19 +126,15 @@ def execute(
     return record
 
 
-def partial_of(target: Path) -> Path:
-    """Where a run that is to appear at `target` is while it is in flight."""
-    return target.parent / f".{target.name}.partial"
-
-
 def failure_of(spec: RunSpec, target: Path) -> Failure | None:
     """Why an earlier try of this run stopped, or None."""
     partial = partial_of(target.absolute())
     try:
         data = json.loads((partial / FAILED).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        failure = Failure(spec, data["error"], data["message"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None
-    return Failure(spec, data["error"], data["message"]) if _same_spec(partial, spec) else None
+    return failure if _same_spec(partial, spec) else None
 
 
 def finished(spec: RunSpec, target: Path) -> RunRecord | None:
@@ -339,27 +336,6 @@ def _now(tell: Listener, spec: RunSpec, what: str) -> None:
     tell(RunEvent(spec, "evaluating", what))
 
 
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.parent / f".{target.name}.lock"
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BusyError(
-            f"Another process is working on {target}. Wait for it, or choose another directory."
-        ) from None
-    try:
-        yield
-        # Only when the run is there: whoever has opened the file meanwhile then finds the run.
-        path.unlink(missing_ok=True)
-    finally:
-        lock.release()
-
-
 def _same_spec(partial: Path, spec: RunSpec) -> bool:
     try:
         data = json.loads((partial / "spec.json").read_text(encoding="utf-8"))
@@ -369,6 +345,8 @@ def _same_spec(partial: Path, spec: RunSpec) -> bool:
 
 
 def _difference(old: RunSpec, new: RunSpec) -> str:
+    if old.code != new.code:
+        return f"of moduli {old.code}; this is {new.code}"
     a, b = old.to_dict(), new.to_dict()
     return ", ".join(sorted(key for key in a if a[key] != b[key])) + " differs"
 
