@@ -71,7 +71,7 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
         cells = [row["cells"][place] for place in places]
         means = [f"{score(c['mean'], share)} ± {score(c['sd'] or 0, share)}" for c in cells]
         differences = [difference(c["difference"], share) for c in cells]
-        ratio = costs.get(row["label"], {}).get("cpu_ratio")
+        ratio = costs.get(row["label"], {}).get("time")
         time = "" if ratio is None or row["edit"] else f"{ratio:.2f}"
         lines.append(f"| {' | '.join([row['label'], *means, *differences, time])} |")
     runs = summary["finished"]

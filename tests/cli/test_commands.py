@@ -108,7 +108,7 @@ def test_compare_runs_what_is_missing_and_reports(
     capsys.readouterr()
     assert main(["compare", *common, "--seeds", "0", *methods]) == 0
     captured = capsys.readouterr()
-    assert "finished earlier" in captured.err
+    assert "all 2 runs are finished" in captured.err
     assert "\x1b" not in captured.out + captured.err
     assert max(map(len, captured.out.splitlines())) <= 80
 

@@ -51,6 +51,11 @@ class Compare(Training):
     """How a learning rate is chosen: training-domain (validation rows of the domains trained on),
     leave-one-domain-out (of the other domains but the tested one) or oracle (of the tested one;
     marked as such)."""
+    more_data: tuple[str, ...] = ()
+    """More tasks of the same kind, read with the same options; scores are averaged over tasks."""
+    baselines: bool = False
+    """Also compare with a frozen probe and LoRA, at ten times the learning rate, and with the last
+    two blocks trained only."""
     pruned: bool = False
     """Test split models also with the experts most used in training for every token: static
     pruning."""
@@ -95,19 +100,22 @@ def main(argv: Sequence[str]) -> int:
     from moduli.data import load_task
     from moduli.study.compare import collect, compare
     from moduli.study.estimate import estimate
-    from moduli.study.plan import Plan, TaskSpec, also_tested, arm
+    from moduli.study.plan import Plan, TaskSpec, also_tested, arm, baselines
     from moduli.study.report import summary_dict, write_report
     from moduli.study.table import tabulate
     from moduli.study.wording import headline
 
     output = Output(args.json)
     arms = (arm(method), *(_arm(chunk) for chunk in others))
-    task = load_task(args.data, on_event=output.note, **args.data_options())
-    for note in task.notes:
+    if args.baselines:
+        arms = (*arms, *baselines(args.settings, args.learning_rates))
+    named = tuple(TaskSpec(name, args.data_options()) for name in (args.data, *args.more_data))
+    tasks = [load_task(task.name, on_event=output.note, **task.data) for task in named]
+    for note in (note for task in tasks for note in task.notes):
         output.note(note)
     plan = Plan(
         model=args.model,
-        tasks=(TaskSpec(args.data, args.data_options()),),
+        tasks=named,
         sources=groups_of(args.train_domain),
         arms=also_tested(arms, pruned=args.pruned, cross=args.cross),
         seeds=args.seeds,
@@ -115,13 +123,13 @@ def main(argv: Sequence[str]) -> int:
         learning_rates=args.learning_rates,
         fractions=args.fractions,
     )
-    study = collect(plan, [task], args.root)
+    study = collect(plan, tasks, args.root)
     if not args.report_only:
-        output.note(estimate(study, [task]).sentence)
+        output.note(estimate(study, tasks, retry_failed=args.retry_failed).sentence)
         with StudyProgress(output.log, study) as progress:
             study = compare(
                 plan,
-                [task],
+                tasks,
                 args.root,
                 keep_models=tuple({a.method.name for a in arms}) if args.keep_models else (),
                 retry_failed=args.retry_failed,

@@ -44,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
     from moduli.cli.tables import score_table
     from moduli.data import load_task
     from moduli.study.compare import Study
-    from moduli.study.run import execute
     from moduli.study.plan import Plan, TaskSpec, arm
+    from moduli.study.run import execute
     from moduli.training.kinds.base import get_kind
 
     output = Output(args.json)

@@ -64,6 +64,27 @@ def arm(method: Any, *, label: str | None = None, **overrides: Any) -> Arm:
     return Arm(MethodSpec.of(method), rates, overrides, edits, label)
 
 
+def baselines(settings: FinetuneSettings, rates: Sequence[float]) -> tuple[Arm, ...]:
+    """What a method has to be better than, beside full fine-tuning: a frozen probe, LoRA, and the
+    last two blocks.
+
+    What is trained anew gets ten times the learning rate, the ratio that EMoE's runs have.
+
+    Args:
+        settings: of the study.
+        rates: learning rates that are tried; empty: that of `settings`.
+    """
+    from moduli.methods.dense import Dense
+
+    given = tuple(rates) or (settings.learning_rate,)
+    higher = tuple(10 * rate for rate in given)
+    return (
+        arm(Dense(), trains="head", learning_rate=higher),
+        arm(Dense(), trains="lora", learning_rate=higher),
+        arm(Dense(), trains="last:2", learning_rate=given),
+    )
+
+
 def also_tested(arms: Sequence[Arm], *, pruned: bool, cross: bool) -> tuple[Arm, ...]:
     """The arms with more edits to test.
 

@@ -155,6 +155,8 @@ def summary_dict(
         "headline": [claim.text for claim in claims],
         "power": [claim.power for claim in claims if claim.power is not None],
         "split": split,
+        "planned": len(study.runs),
+        "finished": len(study.records),
         "selection": _selection(study, main),
         "tables": [
             _table(
@@ -191,6 +193,8 @@ def _selection(study: Study, table: Table) -> dict[str, Any]:
 def _table(study: Study, table: Table) -> dict[str, Any]:
     return {
         "metric": table.metric.name,
+        "title": table.metric.title,
+        "share": table.metric.share,
         "rows": [
             {"label": row.label, "edit": row.edit, "cells": _cells(study, table.columns, row.cells)}
             for row in table.rows
