@@ -18,7 +18,7 @@ MARKERS = "osD^vPX*"
 """One more turn of the colours begins with the next marker."""
 CROWDED = 40
 """Intervals beyond which single domains are left out of the figure of differences."""
-LABEL = 32
+LABEL = 40
 """Characters of a label in a figure."""
 
 

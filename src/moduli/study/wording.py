@@ -133,7 +133,7 @@ def p_text(p: float | None) -> str:
     """A p-value: "0.034", "< 0.001", a dash where there was no test."""
     if p is None:
         return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    return "<\N{NO-BREAK SPACE}0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def value(number: float, metric: Metric) -> str:
@@ -233,7 +233,7 @@ def _grouped(table: Table) -> Iterator[Claim]:
             (parts[1], f"Higher {metric.title} than {baseline} {where} ({level})"),
             (parts[-1], f"Lower {metric.title} than {baseline} {where} ({level})"),
             (parts[0], f"No difference to {baseline} was shown {where}"),
-            (alone, f"Against {baseline} {where}, with too few runs for an interval"),
+            (alone, f"Against {baseline} {where}, too few runs or all equal, so no interval"),
         ]
         found = [f"{start}: {', '.join(said)}." for said, start in lines if said]
         shown = (
