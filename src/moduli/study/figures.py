@@ -1,6 +1,7 @@
 """Figures of the report: SVG text that takes its colours and its font from the page around it.
 
-An arm has one colour and one marker in all of them; what was edited is hollow.
+An arm has one colour and one marker in all of them; what was edited is hollow, or a cross where
+experts were pruned.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def _look(row: Row) -> dict[str, Any]:
     colour = SERIES[place] if row.arm else INK
     return {
         "color": colour,
-        "marker": MARKERS[(place + turn) % len(MARKERS)],
+        "marker": "x" if row.edit == "pruned" else MARKERS[(place + turn) % len(MARKERS)],
         "markerfacecolor": colour if row.edit is None else "none",
     }
 
