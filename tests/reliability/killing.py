@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PHASES = ("between runs", "in preparing", "in training", "in evaluation", "in writing")
 POLL_SECONDS = 0.002
+MEASURED = ("seconds", "cpu_seconds", "time", "memory", "peak_memory_bytes", "environment")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def differences(plan: Plan, undisturbed: Path, other: Path) -> list[str]:
             continue
         mine, theirs = record.result(), b.records[key].result()
         found += [f"{key}: {name} differs" for name in mine if mine[name] != theirs[name]]
-        if _counted(record.cost) != _counted(b.records[key].cost):
+        if _repeatable(record.cost) != _repeatable(b.records[key].cost):
             found.append(f"{key}: cost differs")
         mine, theirs = _files(undisturbed / key), _files(other / key)
         if mine.keys() != theirs.keys():
@@ -135,13 +136,16 @@ def differences(plan: Plan, undisturbed: Path, other: Path) -> list[str]:
     for root in (undisturbed, other):
         strangers = set(os.listdir(root)) - a.records.keys()
         found += [f"left over: {root.name}/{name}" for name in sorted(strangers)]
-    if not found and summary_dict(a) != summary_dict(b):
+    if not found and _repeatable(summary_dict(a)) != _repeatable(summary_dict(b)):
         found.append("the summaries of the studies differ")
     return found
 
 
-def _counted(cost: Any) -> dict[str, Any]:
-    return {name: value for name, value in cost.items() if name != "peak_memory_bytes"}
+def _repeatable(data: Any) -> Any:
+    """The same without what was measured by clocks and in memory."""
+    if isinstance(data, Mapping):
+        return {name: _repeatable(value) for name, value in data.items() if name not in MEASURED}
+    return [_repeatable(item) for item in data] if isinstance(data, list) else data
 
 
 def _files(directory: Path) -> dict[str, bytes]:
