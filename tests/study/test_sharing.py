@@ -156,7 +156,7 @@ def test_a_study_killed_at_random_moments_ends_as_one_left_in_peace(
     hit = kill_often(plan, tmp_path / "study", tmp_path / "log", draw_moments(log, 3, seed=0))
     assert hit.total() == 3
     assert differences(plan, root, tmp_path / "study") == []
-    assert resumed(log) == 0 < resumed(read_log(tmp_path / "log"))
+    assert resumed(log) == 0
 
 
 @pytest.mark.slow
