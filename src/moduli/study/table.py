@@ -8,6 +8,7 @@ in turn has a value of every column for every group.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -193,6 +194,14 @@ def scores_of(record: RunRecord, what: str) -> Mapping[str, Mapping[str, int | f
 
 
 def _candidates(study: Study, units: Sequence[Unit]) -> list[Candidate]:
+    """What is chosen among; an arm takes part in a unit once all its rates have finished there."""
+    planned: dict[tuple[int, Unit], set[float]] = defaultdict(set)
+    there: dict[tuple[int, Unit], set[float]] = defaultdict(set)
+    for run in study.runs:
+        rate = run.spec.settings.learning_rate
+        planned[run.arm, run.unit].add(rate)
+        if run.spec.key in study.records:
+            there[run.arm, run.unit].add(rate)
     return [
         Candidate(
             arm=run.arm,
@@ -203,5 +212,7 @@ def _candidates(study: Study, units: Sequence[Unit]) -> list[Candidate]:
             validation=study.records[run.spec.key].validation,
         )
         for run in study.runs
-        if run.unit in units and run.spec.key in study.records
+        if run.unit in units
+        and run.spec.key in study.records
+        and there[run.arm, run.unit] == planned[run.arm, run.unit]
     ]
