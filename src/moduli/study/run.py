@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moduli.data.task import Task
-from moduli.errors import CheckpointError
+from moduli.errors import CheckpointError, ConfigError
 from moduli.study.environment import hardware, versions
 from moduli.study.inflight import disk_named, disk_trouble, locked, partial_of, sweep
 from moduli.study.records import (
@@ -184,6 +184,8 @@ def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
         raise CheckpointError(
             f"{spec.model!r} does not load as {kind.noun}: {_first_line(error)}"
         ) from error
+    if spec.settings.image_size is not None:
+        _scale_images(processor, spec.settings.image_size)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model, processor
@@ -270,6 +272,17 @@ def _work(
     )
     write_json(partial / "result" / RECORD, record.to_dict())
     return record
+
+
+def _scale_images(processor: Any, pixels: int) -> None:
+    """Make an image processor scale to a square of so many pixels."""
+    if not hasattr(processor, "crop_size") and not hasattr(processor, "size"):
+        raise ConfigError(
+            f"image_size is {pixels}, but {type(processor).__name__} reads no images; leave it out."
+        )
+    for name in ("size", "crop_size"):
+        if getattr(processor, name, None):
+            setattr(processor, name, {"height": pixels, "width": pixels})
 
 
 def training_rows(spec: RunSpec, task: Task) -> Any:

@@ -33,6 +33,8 @@ class FinetuneSettings:
     """Forward passes per optimiser step."""
     max_length: int = 64
     """Longest text in tokens; longer ones are cut."""
+    image_size: int | None = None
+    """Pixels that images are scaled to, on both sides. Default: as the model's processor says."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     warmup: float = 0.06
@@ -69,6 +71,8 @@ class FinetuneSettings:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it has to be above 0.")
+        if self.image_size is not None and self.image_size < 1:
+            raise ConfigError(f"image_size is {self.image_size}; it is a number of pixels.")
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"max_steps is {self.max_steps}; give 1 or more, or leave it out.")
         if not 0 <= self.warmup < 1:
