@@ -70,11 +70,11 @@ def vision_search() -> Plan:
     )
     return Plan(
         model="vit-s",
-        tasks=(TaskSpec("emoji", {"max_train": 150, "max_validation": 40, "max_test": 10}),),
+        tasks=(TaskSpec("emoji", {"max_train": 150, "max_validation": 30, "max_test": 10}),),
         sources=(VENDORS[0],),
         arms=arms,
         seeds=(100,),
-        settings=FinetuneSettings(epochs=1),
+        settings=FinetuneSettings(epochs=1, image_size=112),
     )
 
 
@@ -114,11 +114,11 @@ def vision() -> Plan:
     )
     return Plan(
         model="vit-s",
-        tasks=(TaskSpec("emoji", {"max_train": 300, "max_validation": 40, "max_test": 100}),),
+        tasks=(TaskSpec("emoji", {"max_train": 300, "max_validation": 30, "max_test": 60}),),
         sources=VENDORS,
         arms=also_tested(arms, pruned=True, cross=True),
         seeds=tuple(range(5)),
-        settings=FinetuneSettings(epochs=2),
+        settings=FinetuneSettings(epochs=2, image_size=112),
     )
 
 
