@@ -223,10 +223,10 @@ def _work(
         conversion = moduli.convert(model, method, batch=batches)
         shown = {name: value for name, value in batches[0].items() if name != "labels"}
     tell(RunEvent(spec, "converted", conversion))
+    tuning = prepare(model, spec.settings)
+    cost = measure_cost(tuning, conversion, shown)
     with clocks("train"), watch_kernels() as in_training, PeakMemory() as memory:
         selection = watch_selection(spec.settings, len(train)) if method.modular else None
-        tuning = prepare(model, spec.settings)
-        cost = measure_cost(tuning, conversion, shown)
         result = finetune(
             tuning,
             processor,
@@ -240,6 +240,8 @@ def _work(
             callbacks=() if selection is None else (selection,),
         )
         model = finish(tuning)
+    if result.resumed_from is not None:
+        del clocks.cpu["train"]
 
     shutil.rmtree(partial / "result", ignore_errors=True)
     if keep_model:
