@@ -59,8 +59,7 @@ class RunRecord:
     seconds: Mapping[str, float]
     """Time for conversion, training and evaluation, of the process that finished the run."""
     cpu_seconds: Mapping[str, float]
-    """The same in processor time, which a busy machine lengthens less; without "train" for a run
-    that went on from a checkpoint, whose first steps another process did."""
+    """The same in processor time, which a busy machine lengthens less."""
     environment: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:

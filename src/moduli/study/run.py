@@ -240,8 +240,6 @@ def _work(
             callbacks=() if selection is None else (selection,),
         )
         model = finish(tuning)
-    if result.resumed_from is not None:
-        del clocks.cpu["train"]
 
     shutil.rmtree(partial / "result", ignore_errors=True)
     if keep_model:
@@ -270,6 +268,7 @@ def _work(
             "versions": versions(),
             "hardware": hardware(),
             "kernels": {"training": sorted(in_training), "evaluation": sorted(in_evaluation)},
+            "resumed_from": result.resumed_from,
         },
     )
     write_json(partial / "result" / RECORD, record.to_dict())
