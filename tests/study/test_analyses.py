@@ -43,12 +43,13 @@ def test_arms_equal_but_for_one_setting_are_an_ablation_of_it(
     analysis = made[name]
     assert len(analysis.numbers) == 1 + len(changes)
     assert analysis.figure.startswith("<svg")
-    assert len(analysis.runs) == 3 * (1 + len(changes))
+    assert len(analysis.runs) == 3 * (2 + len(changes))  # and those of dense
 
 
 def test_arms_that_differ_in_more_do_not_belong_together() -> None:
     assert found(arm(emoe()), arm(emoe(choose="bottom", split="random"))) == {}
     assert found(arm(emoe()), arm(emoe(choose="bottom"), trains="last:2")) == {}
+    assert found(arm(emoe()), arm(emoe(choose="bottom"), learning_rate=3e-5)) == {}
 
 
 def test_sentences_compare_with_the_best_experts_pair_by_pair() -> None:

@@ -215,6 +215,8 @@ def test_the_oracle_is_marked_at_the_top_and_unknown_rules_are_named() -> None:
     marked = render_report(study, inspections={}, rule="oracle", command=COMMAND)
     assert "oracle: sees the test domain" in marked[: marked.index("<h2")]
     assert "oracle" not in render(study)
+    nothing_chosen = render_report(made_study(), inspections={}, rule="oracle", command=COMMAND)
+    assert "oracle: sees" not in nothing_chosen
     with pytest.raises(UnknownNameError, match="training-domain"):
         render_report(study, inspections={}, rule="training-domains", command=COMMAND)
 
@@ -229,9 +231,9 @@ def test_a_search_shows_validation_scores_and_says_so() -> None:
     }
     study = dataclasses.replace(study, records=tested)
     html = render_report(study, inspections={}, split="validation", command=COMMAND)
-    assert "nothing was tested" in html
+    assert "no test score is shown" in html
     assert "11.1" not in html
-    assert "nothing was tested" not in render(study)
+    assert "no test score is shown" not in render(study)
     assert summary_dict(study, split="validation")["split"] == "validation"
 
 
@@ -279,6 +281,14 @@ def test_costs_are_relative_to_the_first_arm_and_dashes_where_nothing_was_measur
         for key, r in half.records.items()
     }
     assert "–" in section(render(dataclasses.replace(half, records=bare)), "costs")
+
+
+def test_the_headline_names_its_runs() -> None:
+    study = made_study()
+    page = Page(render(study))
+    named = [set(keys) for tag, keys, _ in page.cells if tag == "li" and keys]
+    assert named
+    assert all(keys == {run.spec.key for run in study.runs} for keys in named)
 
 
 # Bad input and studies cut short
@@ -334,7 +344,10 @@ def test_one_arm_one_domain_no_validation() -> None:
     assert "nothing to compare yet" in html
     assert "out-of-domain mean" not in html
     study = made_study(domains=("shop",))
-    assert "out of domain by" not in render(study)
+    html = render(study)
+    assert "out of domain by" not in html
+    assert "the data has no other domains" in html
+    assert "domains it did not see" not in html
 
 
 def test_no_validation_with_several_rates_is_an_error_that_says_so() -> None:

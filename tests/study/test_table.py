@@ -10,6 +10,7 @@ import pytest
 from moduli.errors import ConfigError
 from moduli.study.compare import Study
 from moduli.study.plan import Planned, Unit
+from moduli.study.records import Failure
 from moduli.study.table import tabulate
 from tests.study.fakes import made_study
 
@@ -60,6 +61,15 @@ def test_nothing_is_chosen_before_every_rate_has_a_run() -> None:
     }
     assert [row.arm for row in tabulate(study).rows] == [0, 1, 1]
     assert [row.arm for row in tabulate(without(study, second)).rows] == [0]
+
+
+def test_a_rate_with_which_everything_failed_is_not_waited_for() -> None:
+    study = made_study(rates=(1e-4, 2e-4))
+    gone = {run.spec.key: run.spec for run in study.runs if run.spec.settings.learning_rate == 2e-4}
+    failures = tuple(Failure(spec, "TrainingError", "the loss is nan") for spec in gone.values())
+    table = tabulate(dataclasses.replace(without(study, set(gone)), failures=failures))
+    assert [row.arm for row in table.rows] == [0, 1, 1]
+    assert table.choice.learning_rate(1, table.units[0]) == 1e-4
 
 
 def test_a_search_looks_at_validation_and_at_no_edit() -> None:

@@ -1,19 +1,28 @@
 """Sentences say what the interval carries, and no more."""
 
+import dataclasses
+
 import pytest
 
+import moduli
+from moduli.study.plan import Planned, arm
 from moduli.study.statistics import paired_difference
-from moduli.study.wording import claim, points
+from moduli.study.table import tabulate
+from moduli.study.wording import adjusted, claim, claims, corrected_claim, points
 from moduli.training.metrics import CLASS_METRICS, LOSS
+from tests.study.fakes import emoe, made_study
 
 ACCURACY = CLASS_METRICS[0]
 
 
-@pytest.mark.parametrize("values", [[0.1], [0.1, 0.1, 0.1]])
-def test_without_a_spread_nothing_is_claimed(values: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [([0.1], "1 seed; too little for an interval"), ([0.1] * 3, "equal in all, so no interval")],
+)
+def test_without_a_spread_nothing_is_claimed(values: list[float], why: str) -> None:
     d = paired_difference(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
     assert d is not None
-    assert "too little for an interval" in claim("a", "b", "in-domain", d, ACCURACY)
+    assert why in claim("a", "b", "in-domain", d, ACCURACY)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +37,42 @@ def test_sentences_say_what_the_interval_carries(values: list[float], said: str)
     d = paired_difference(dict(enumerate(values)), dict.fromkeys(range(3), 0.0))
     assert d is not None
     assert claim("a", "b", "in-domain", d, ACCURACY).startswith(said)
+
+
+def test_what_does_not_survive_correction_is_not_claimed() -> None:
+    d = paired_difference({0: 0.030, 1: 0.031, 2: 0.032}, dict.fromkeys(range(3), 0.0))
+    assert d is not None
+    plain = claim("a", "b", "in-domain", d, ACCURACY)
+    assert corrected_claim("a", "b", "in-domain", d, ACCURACY, d.p_t, 1) == plain
+    held = corrected_claim("a", "b", "in-domain", d, ACCURACY, 0.02, 3)
+    assert held.endswith("3 paired seeds; p = 0.020 corrected for 3 comparisons).")
+    lost = corrected_claim("a", "b", "in-domain", d, ACCURACY, 0.2, 3)
+    assert lost.endswith("but corrected for 3 comparisons this is not shown (p = 0.20).")
+
+
+@pytest.mark.parametrize("methods", [3, 6])
+def test_a_family_of_methods_is_corrected_in_few_and_in_many_sentences(methods: int) -> None:
+    """Five seeds of which one method is better at p = 0.03 show nothing among several."""
+    noise = (0.001, -0.001, 0.0, 0.002, -0.002)
+
+    def score(run: Planned, domain: str) -> float:
+        away = 0.0024 * (1 + 20 * noise[run.spec.seed]) if run.arm == 1 else 0.0
+        jitter = noise[(run.spec.seed + run.arm) % 5]
+        return 0.8 + away + (jitter if run.arm else 0.0)
+
+    arms = (arm(moduli.Dense()), *(arm(emoe(top_k=k + 1)) for k in range(methods)))
+    arms = tuple(dataclasses.replace(one, edits=()) for one in arms)
+    table = tabulate(made_study(arms, seeds=range(5), score=score))
+    first = table.rows[1].cells[0].difference
+    assert first is not None
+    assert first.sign == 1
+    assert (adjusted(table, 0, "p_t")[1] or 0) > 0.05
+    said = [claim for claim in claims(table) if f"{table.rows[1].label} " in claim.text]
+    assert said
+    for one in said:
+        assert not one.text.startswith("Higher")
+        assert "corrected p" in one.text or "this is not shown" in one.text
+        assert set(table.rows[1].cells[0].compared) & set(one.runs)
 
 
 def test_a_lower_loss_is_said_to_be_better() -> None:

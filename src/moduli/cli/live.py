@@ -15,9 +15,9 @@ from rich.text import Text
 
 from moduli.cli.output import table
 from moduli.study.compare import Study
+from moduli.study.evidence import run_label
 from moduli.study.records import RunRecord
 from moduli.study.run import RunEvent
-from moduli.study.spec import RunSpec
 from moduli.study.wording import duration, value
 from moduli.training.kinds.base import get_kind
 
@@ -68,7 +68,7 @@ class StudyProgress:
             self.ended.add(key)
             if isinstance(event.detail, RunRecord):
                 self.records[key] = event.detail
-        name = self.title(event.spec)
+        name = run_label(self.study, event.spec)
         if event.stage in ("finished", "failed") or (event.stage == "known" and self._alone()):
             count = f"{len(self.ended)}/{len(self.arm_of)}"
             self.console.print(f"{count} {name}: {_outcome(event)}", soft_wrap=True)
@@ -86,18 +86,6 @@ class StudyProgress:
     def say(self, line: str) -> None:
         """A step that belongs to no run."""
         self._now(line, "", 1.0, last=True)
-
-    def title(self, spec: RunSpec) -> str:
-        """What a run is called: its method, and of the rest what differs within the study."""
-        plan = self.study.plan
-        parts = [plan.labels[self.arm_of[spec.key]]]
-        if len(self.study.units) > 1:
-            parts.append(f"on {spec.trained_on}")
-        if len(plan.fractions) > 1:
-            parts.append(f"{spec.fraction:g} of the rows")
-        if len(plan.rates(plan.arms[self.arm_of[spec.key]])) > 1:
-            parts.append(f"rate {spec.settings.learning_rate:g}")
-        return ", ".join([*parts, f"seed {spec.seed}"])
 
     def remaining(self) -> float | None:
         """Seconds that are left, by the runs of each method that are finished; None if unknown."""

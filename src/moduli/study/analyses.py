@@ -13,10 +13,10 @@ from typing import Any
 
 from moduli.study.compare import Study
 from moduli.study.figures import bar_plot, line_plot
-from moduli.study.plan import Arm
-from moduli.study.statistics import paired_difference
+from moduli.study.plan import Plan
+from moduli.study.statistics import holm, paired_difference
 from moduli.study.table import Cell, Column, Row, Table, tabulate
-from moduli.study.wording import PLACES, claim
+from moduli.study.wording import PLACES, corrected_claim
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class Analysis:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """Keys of the runs that it is made from."""
-        return tuple(
-            dict.fromkeys(key for _, cells in self.numbers for c in cells for key in c.runs)
-        )
+        """Keys of the runs that it is made from, those compared with among them."""
+        cells = [cell for _, row in self.numbers for cell in row]
+        return tuple(dict.fromkeys(key for cell in cells for key in cell.compared))
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,10 @@ ABLATIONS = (
         "Best experts, worst experts, all but the best",
         ("choose",),
         "top",
-        "Experts that are chosen last are trained and tested here as the only ones. Where they "
-        "fall below the model without experts, using them for every token costs accuracy.",
+        "Experts that are chosen last are trained and tested here as the only ones. It speaks for "
+        "negative transfer if the best ones do better than the model without experts, which uses "
+        "all; that the others do worse than it is not enough, since the model was pretrained "
+        "with all of them.",
     ),
     Ablation(
         "experts",
@@ -93,8 +94,8 @@ ABLATIONS = (
         "How neurons are grouped into experts",
         ("split",),
         "random",
-        "If a clustered split is no better than a random one, the structure that was found in the "
-        "weights is not what helps.",
+        "Only if a clustered split is better than a random one is it the structure found in the "
+        "weights that helps.",
     ),
     Ablation(
         "gates",
@@ -116,27 +117,27 @@ def analyses(study: Study, table: Table) -> list[Analysis]:
     found = [
         _ablation(study, table, ablation, rows)
         for ablation in ABLATIONS
-        for rows in groups(study.plan.arms, table, ablation.keys)
+        for rows in groups(study.plan, table, ablation.keys)
     ]
     efficiency = _data_efficiency(study, table)
     return found if efficiency is None else [*found, efficiency]
 
 
-def groups(arms: Sequence[Arm], table: Table, keys: Sequence[str]) -> list[list[Row]]:
+def groups(plan: Plan, table: Table, keys: Sequence[str]) -> list[list[Row]]:
     """Rows as tuned whose arms are equal but for `keys`, where there are two or more.
 
     Args:
-        arms: of the plan.
+        plan: with the arms; those that were tuned with other learning rates are not equal.
         table: its rows.
         keys: settings of a method.
     """
     found: list[tuple[Any, list[Row]]] = []
     for row in table.rows:
-        one = arms[row.arm]
+        one = plan.arms[row.arm]
         if row.edit is not None or not all(key in one.method.config for key in keys):
             continue
         rest = {k: v for k, v in one.method.config.items() if k not in keys}
-        same = (one.method.name, rest, dict(one.overrides))
+        same = (one.method.name, rest, dict(one.overrides), set(plan.rates(one)))
         for known, rows in found:
             if known == same:
                 rows.append(row)
@@ -153,13 +154,8 @@ def _ablation(study: Study, table: Table, ablation: Ablation, rows: list[Row]) -
     reference = next((r for r in rows if arms[r.arm].method.config[key] == ablation.against), None)
     places = [i for i, column in enumerate(table.columns) if column.kind != "one domain"]
     if reference is not None:
-        text = [
-            claim(row.label, reference.label, PLACES[table.columns[i].kind], d, table.metric)
-            for row in rows
-            if row is not reference
-            for i in places
-            if (d := paired_difference(row.cells[i].values, reference.cells[i].values))
-        ]
+        others = [row for row in rows if row is not reference]
+        text = _against(table, reference, others, places)
     drawn = [row for row in rows if any(c.difference for c in row.cells)]
     return Analysis(
         name=ablation.name,
@@ -171,6 +167,23 @@ def _ablation(study: Study, table: Table, ablation: Ablation, rows: list[Row]) -
         columns=tuple(table.columns[i] for i in places),
         numbers=tuple((row.label, tuple(row.cells[i] for i in places)) for row in rows),
     )
+
+
+def _against(table: Table, reference: Row, rows: Sequence[Row], places: Sequence[int]) -> list[str]:
+    """A sentence per row and place; p-values are corrected for the rows, place by place."""
+    said: dict[tuple[int, int], str] = {}
+    for i in places:
+        values = reference.cells[i].values
+        found = [paired_difference(row.cells[i].values, values) for row in rows]
+        corrected = holm([None if d is None else d.p_t for d in found])
+        family = sum(p is not None for p in corrected)
+        where = PLACES[table.columns[i].kind]
+        for n, (row, d, p) in enumerate(zip(rows, found, corrected, strict=True)):
+            if d is not None:
+                said[n, i] = corrected_claim(
+                    row.label, reference.label, where, d, table.metric, p, family
+                )
+    return [said[key] for key in sorted(said)]
 
 
 def train_and_test(table: Table) -> Analysis | None:
@@ -207,7 +220,9 @@ def train_and_test(table: Table) -> Analysis | None:
 
 def _data_efficiency(study: Study, table: Table) -> Analysis | None:
     """Scores by share of the training rows, where the plan has several."""
-    finished = {run.unit for run in study.runs if run.spec.key in study.records}
+    finished = {run.unit.fraction for run in study.runs if run.spec.key in study.records}
+    if len(finished) < 2:
+        return None
     tables: Mapping[float, Table] = {
         fraction: tabulate(
             study,
@@ -216,7 +231,7 @@ def _data_efficiency(study: Study, table: Table) -> Analysis | None:
             split=table.split,
             units=[unit for unit in study.units if unit.fraction == fraction],
         )
-        for fraction in sorted({unit.fraction for unit in finished})
+        for fraction in sorted(finished)
     }
     columns = tuple(column for column in table.columns if column.kind != "one domain")
     cells = {
@@ -225,8 +240,6 @@ def _data_efficiency(study: Study, table: Table) -> Analysis | None:
         for row in one.rows
         if row.edit is None
     }
-    if len(tables) < 2:
-        return None
     rows = [row for row in table.rows if row.edit is None]
     series = [
         (row, [(f, cells[f, row.arm][-1]) for f in tables if (f, row.arm) in cells]) for row in rows

@@ -6,11 +6,13 @@ Pure functions of the study and its table. Everything names the runs it is made 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moduli.study.compare import Study
 from moduli.study.plan import Unit
 from moduli.study.ranks import Friedman, friedman
+from moduli.study.spec import RunSpec
 from moduli.study.statistics import PairedDifference
 from moduli.study.table import Column, Row, Table, tabulate
 from moduli.study.wording import adjusted, crowded
@@ -78,12 +80,8 @@ def paired_tests(table: Table) -> list[PairedTest]:
         for number, row in enumerate(table.rows):
             cell = row.cells[place]
             if cell.difference is not None:
-                runs = (*cell.runs, *table.rows[0].cells[place].runs)
-                found.append(
-                    PairedTest(
-                        row, column, cell.difference, by_t[number], by_wilcoxon[number], runs
-                    )
-                )
+                adjusted_p = (by_t[number], by_wilcoxon[number])
+                found.append(PairedTest(row, column, cell.difference, *adjusted_p, cell.compared))
     return found
 
 
@@ -157,15 +155,26 @@ def unit_label(study: Study, unit: Unit) -> str:
     return ", ".join(parts)
 
 
+def run_label(study: Study, spec: RunSpec) -> str:
+    """What a run is called: its arm, and of the rest what differs within the study."""
+    run = next(run for run in study.runs if run.spec.key == spec.key)
+    parts = [study.plan.labels[run.arm]]
+    if len(study.units) > 1:
+        parts.append(f"on {unit_label(study, run.unit)}")
+    if len(study.plan.rates(study.plan.arms[run.arm])) > 1:
+        parts.append(f"rate {spec.settings.learning_rate:g}")
+    return ", ".join([*parts, f"seed {spec.seed}"])
+
+
 def ranks(table: Table) -> Ranks | None:
     """Methods as tuned, ranked on every test set out of domain: unit by domain, mean over seeds.
 
-    None with fewer than two methods or test sets.
+    Only seeds that all of them have there count. None with fewer than two methods or test sets.
     """
     rows = [row for row in table.rows if row.edit is None]
     single = [i for i, column in enumerate(table.columns) if column.kind == "one domain"]
     places = single or [i for i, c in enumerate(table.columns) if c.kind == "out-of-domain"]
-    scores = {row.label: _by_test_set(table, row, places) for row in rows}
+    scores = {row.label: _by_test_set(table, row, rows, places) for row in rows}
     test = friedman(scores, higher_is_better=table.metric.higher_is_better)
     if test is None or len(rows) < 2 or len(test.datasets) < 2:
         return None
@@ -174,9 +183,13 @@ def ranks(table: Table) -> Ranks | None:
     return Ranks(test, sets, tuple(runs))
 
 
-def _by_test_set(table: Table, row: Row, places: list[int]) -> dict[tuple[Unit, str], float]:
+def _by_test_set(
+    table: Table, row: Row, rows: Sequence[Row], places: Sequence[int]
+) -> dict[tuple[Unit, str], float]:
     values: dict[tuple[Unit, str], list[float]] = {}
     for i in places:
-        for (unit, _), score in row.cells[i].values.items():
-            values.setdefault((unit, table.columns[i].title), []).append(score)
+        for (unit, seed), score in row.cells[i].values.items():
+            if all((unit, seed) in other.cells[i].values for other in rows):
+                (domain,) = table.columns[i].domains[unit]  # one, in these columns
+                values.setdefault((unit, domain), []).append(score)
     return {dataset: math.fsum(found) / len(found) for dataset, found in values.items()}

@@ -93,6 +93,7 @@ def render_report(
         "moduli.study",
         "report.html.j2",
         say=wording,
+        label_of=evidence.run_label,
         study=study,
         title=title(study),
         claims=wording.claims(main),
@@ -174,7 +175,7 @@ def summary_dict(
         "analyses": [_analysis(study, analysis) for analysis in made if analysis is not None],
         "runs": {key: record.to_dict() for key, record in study.records.items()},
         "failures": [
-            {"run": f.spec.key, "method": f.spec.method.name, "seed": f.spec.seed}
+            {"run": f.spec.key, "label": evidence.run_label(study, f.spec)}
             | {"error": f.error, "message": f.message}
             for f in study.failures
         ],
@@ -213,6 +214,7 @@ def _cells(study: Study, columns: Sequence[Column], cells: Sequence[Cell]) -> li
             "values": _values(study, cell.values.items()),
             "difference": None if cell.difference is None else _difference(study, cell.difference),
             "runs": list(cell.runs),
+            "compared_with": list(cell.against),
         }
         for column, cell in zip(columns, cells, strict=True)
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,10 @@ class Cost:
         parameters: of the tuned model.
         trainable: those that were trained.
         active: those that one token uses.
-        flops: of a forward pass per token, relative to the first arm.
-        time: processor time of training relative to the first arm, median over paired runs.
+        flops: of a forward pass per token, relative to the first arm; median over paired runs,
+            which were measured on the same inputs.
+        time: of training, relative to the first arm; median over paired runs that are whole and
+            were done on equal hardware. Processor time, or wall time on an accelerator.
         memory: peak in training, in bytes, median.
         runs: that it is made from.
     """
@@ -87,7 +89,6 @@ def costs(study: Study, table: Table) -> list[Cost]:
     found = []
     for row in rows:
         runs = counted(study, row)
-        flops, reference = _first(runs, "flops_per_token"), _first(baseline, "flops_per_token")
         memory = [
             float(r.cost["peak_memory_bytes"]) for _, r in runs if _has(r, "peak_memory_bytes")
         ]
@@ -97,8 +98,8 @@ def costs(study: Study, table: Table) -> list[Cost]:
                 parameters=_first(runs, "parameters"),
                 trainable=_first(runs, "trainable_parameters"),
                 active=_first(runs, "active_parameters"),
-                flops=flops / reference if flops and reference else None,
-                time=_time(runs, baseline),
+                flops=_ratio(runs, baseline, lambda record: record.cost.get("flops_per_token")),
+                time=_ratio(runs, baseline, _training_time, same_hardware=True),
                 memory=statistics.median(memory) if memory else None,
                 runs=tuple(r.spec.key for _, r in runs),
             )
@@ -178,7 +179,7 @@ def environment_of(study: Study) -> list[tuple[str, str]]:
     for title, values in (
         ("weights", [r.spec.model_hash or "by name" for r in records]),
         ("data", [r.spec.data_hash for r in records]),
-        ("machine", [_listed(r.environment.get("hardware", {})) for r in records]),
+        ("machine", [_listed(_hardware(r)) for r in records]),
         ("versions", [_listed(r.environment.get("versions", {})) for r in records]),
     ):
         rows += [(title, value) for value in dict.fromkeys(values) if value]
@@ -216,7 +217,13 @@ def all_runs(study: Study, table: Table) -> list[RunLine]:
 
 
 def _unused(run: Planned, table: Table) -> str:
-    return "other learning rate" if run.unit in table.units else "other share of the rows"
+    """Why a finished run is in no number."""
+    if run.unit not in table.units:
+        return "other share of the rows"
+    group = table.choice.groups.get((run.arm, run.unit))
+    if group is None or not group.seeds or all(row.arm != run.arm for row in table.rows):
+        return "waits for other runs"
+    return "other learning rate"
 
 
 def _mean(record: RunRecord | None, unit: Unit, table: Table, *, inside: bool) -> float | None:
@@ -227,21 +234,37 @@ def _mean(record: RunRecord | None, unit: Unit, table: Table, *, inside: bool) -
     return math.fsum(found) / len(found) if found else None
 
 
-def _time(
-    runs: list[tuple[Planned, RunRecord]], baseline: list[tuple[Planned, RunRecord]]
+def _ratio(
+    runs: list[tuple[Planned, RunRecord]],
+    baseline: list[tuple[Planned, RunRecord]],
+    measured: Callable[[RunRecord], float | None],
+    *,
+    same_hardware: bool = False,
 ) -> float | None:
-    """Median over units and seeds of the ratio of processor times of training."""
-    spent = {
-        (run.unit, run.spec.seed): r.cpu_seconds["train"]
-        for run, r in baseline
-        if r.cpu_seconds.get("train")
-    }
-    ratios = [
-        r.cpu_seconds["train"] / spent[run.unit, run.spec.seed]
-        for run, r in runs
-        if (run.unit, run.spec.seed) in spent and r.cpu_seconds.get("train")
-    ]
+    """Median over units and seeds of a measurement relative to that of the first arm."""
+    firsts = {(run.unit, run.spec.seed): record for run, record in baseline}
+    ratios = []
+    for run, record in runs:
+        first = firsts.get((run.unit, run.spec.seed))
+        if first is None or (same_hardware and _hardware(first) != _hardware(record)):
+            continue
+        mine, theirs = measured(record), measured(first)
+        if mine and theirs:
+            ratios.append(mine / theirs)
     return statistics.median(ratios) if ratios else None
+
+
+def _hardware(record: RunRecord) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = record.environment.get("hardware", {})
+    return found
+
+
+def _training_time(record: RunRecord) -> float | None:
+    """None for a run that was interrupted: its clocks ran in its last process only."""
+    if record.environment.get("resumed_from") is not None:
+        return None
+    on_cpu = _hardware(record).get("device") == "cpu"
+    return (record.cpu_seconds if on_cpu else record.seconds).get("train")
 
 
 def _has(record: RunRecord, name: str) -> bool:

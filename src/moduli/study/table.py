@@ -36,15 +36,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """Scores of one row in one column, by unit and seed, and their difference to the first row.
-
-    `runs` are the keys of the runs that the values come from.
-    """
+    """Scores of one row in one column, by unit and seed, and their difference to the first row."""
 
     values: Values
     summary: Summary
     difference: PairedDifference | None
     runs: tuple[str, ...]
+    """Keys of the runs that the values come from."""
+    against: tuple[str, ...]
+    """Keys of the first row's runs, where there is a difference to them."""
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Keys of all runs behind the difference."""
+        return tuple(dict.fromkeys((*self.runs, *self.against)))
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def tabulate(
     units: Sequence[Unit] | None = None,
     split: Split = "test",
 ) -> Table:
-    """The table of one metric; arms without finished runs have no row.
+    """The table of one metric; what has no score in one of the columns yet has no row.
 
     Args:
         study: finished runs.
@@ -112,12 +117,13 @@ def tabulate(
                 values_of(runs, column, chosen.name, choice, edit or split) for column in columns
             ]
             if not all(values for values, _ in found):
-                continue  # not every learning rate has finished a run
+                continue  # a rate cannot be chosen yet, or a source has no finished run
             cells = []
             for place, (values, keys) in enumerate(found):
-                reference = rows[0].cells[place].values if rows and rows[0].arm == 0 else None
-                difference = paired_difference(values, reference) if reference else None
-                cells.append(Cell(values, summarise(values), difference, keys))
+                first = rows[0].cells[place] if rows and rows[0].arm == 0 else None
+                difference = None if first is None else paired_difference(values, first.values)
+                against = () if first is None or difference is None else first.runs
+                cells.append(Cell(values, summarise(values), difference, keys, against))
             title = f"{label} ({edit})" if edit else label
             rows.append(Row(title, number, edit, tuple(cells)))
     return Table(chosen, tuple(columns), tuple(rows), choice, tuple(units), split)
@@ -194,12 +200,17 @@ def scores_of(record: RunRecord, what: str) -> Mapping[str, Mapping[str, int | f
 
 
 def _candidates(study: Study, units: Sequence[Unit]) -> list[Candidate]:
-    """What is chosen among; an arm takes part in a unit once all its rates have finished there."""
+    """What is chosen among; an arm takes part in a unit once all its rates have finished there.
+
+    A rate with which every run failed is not waited for: it cannot be chosen.
+    """
+    failed = {failure.spec.key for failure in study.failures}
     planned: dict[tuple[int, Unit], set[float]] = defaultdict(set)
     there: dict[tuple[int, Unit], set[float]] = defaultdict(set)
     for run in study.runs:
         rate = run.spec.settings.learning_rate
-        planned[run.arm, run.unit].add(rate)
+        if run.spec.key not in failed:
+            planned[run.arm, run.unit].add(rate)
         if run.spec.key in study.records:
             there[run.arm, run.unit].add(rate)
     return [

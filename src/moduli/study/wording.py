@@ -2,7 +2,8 @@
 
 No sentence says more than its interval carries: where the interval of a paired difference covers
 zero, the sentence says that nothing was shown, and beside it stands how small a difference the
-study could have shown. Where several methods are compared, p-values are corrected for that.
+study could have shown. Where several methods are compared, p-values are corrected for that, and
+what no longer holds then is said not to.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ MINUS = "\N{MINUS SIGN}"
 PLACES = {"in-domain": "in-domain", "out-of-domain": "out of domain"}
 MANY = 4
 """Rows beyond which the headline has one sentence per finding, not one per row."""
-
 ALPHA = 0.05
+"""A corrected p-value above this shows nothing."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the headline, and what the study could have shown; None without intervals."""
+    """A sentence of the headline, what the study could have shown (None without intervals), and
+    the keys of the runs behind both."""
 
     text: str
     power: str | None = None
+    runs: tuple[str, ...] = ()
 
 
 def headline(table: Table) -> list[str]:
@@ -42,7 +45,12 @@ def claims(table: Table) -> list[Claim]:
     that were edited have none.
     """
     if len(table.rows) < 2:
-        return [Claim("Only one method has finished runs, so there is nothing to compare yet.")]
+        return [
+            Claim(
+                "Only one method has finished runs in every place, so there is nothing to compare "
+                "yet."
+            )
+        ]
     rows = table.rows[1:]
     found = list(_grouped(table) if crowded(table) else _each(table, rows))
     if found:
@@ -108,6 +116,37 @@ def claim(label: str, baseline: str, place: str, d: PairedDifference, metric: Me
     )
 
 
+def corrected_claim(
+    label: str,
+    baseline: str,
+    place: str,
+    d: PairedDifference,
+    metric: Metric,
+    p: float | None,
+    family: int,
+) -> str:
+    """As `claim`, for one of several comparisons that are made at once.
+
+    Args:
+        label: what is compared.
+        baseline: with what.
+        place: where it was tested.
+        d: the difference.
+        metric: of which.
+        p: its p-value, corrected for the others (`moduli.study.statistics.holm`).
+        family: how many comparisons it was corrected for.
+    """
+    text = claim(label, baseline, place, d, metric)
+    if not d.sign or family < 2 or p is None:
+        return text
+    if p > ALPHA:
+        return (
+            f"{text[:-2]}), but corrected for {family} comparisons this is not shown "
+            f"(p {_equals(p_text(p))})."
+        )
+    return f"{text[:-2]}; p {_equals(p_text(p))} corrected for {family} comparisons)."
+
+
 def power(d: PairedDifference, metric: Metric) -> str | None:
     """How small a difference such pairs resolve, and what half of it takes; None if unknown."""
     if d.resolves is None or not d.sd:
@@ -122,7 +161,7 @@ def power(d: PairedDifference, metric: Metric) -> str | None:
 
 
 def pairs_text(d: PairedDifference) -> str:
-    """How many pairs a difference rests on: "5 paired seeds", "15 pairs of 3 sources"."""
+    """How many pairs a difference rests on: "5 paired seeds", "15 paired runs on 3 sources"."""
     strata = len({stratum for stratum, _ in d.pairs})
     if strata > 1:
         return f"{d.n} paired runs on {strata} sources"
@@ -189,23 +228,27 @@ def duration(seconds: float) -> str:
 
 def _each(table: Table, rows: Sequence[Row]) -> Iterator[Claim]:
     baseline = table.rows[0].label
-    families = {row.edit: sum(other.edit == row.edit for other in rows) for row in rows}
     corrected = [adjusted(table, place, "p_t") for place in range(len(table.columns))]
     for number, row in enumerate(rows, 1):
         for place, (column, cell) in enumerate(zip(table.columns, row.cells, strict=True)):
             d = cell.difference
             if column.kind == "one domain" or d is None:
                 continue
-            text = claim(row.label, baseline, PLACES[column.kind], d, table.metric)
-            if d.sign and (methods := families[row.edit]) > 1:
-                p = p_text(corrected[place][number])
-                text = f"{text[:-2]}; p {_equals(p)} corrected for {methods} methods)."
+            text = corrected_claim(
+                row.label,
+                baseline,
+                PLACES[column.kind],
+                d,
+                table.metric,
+                corrected[place][number],
+                _family(table, corrected[place], row.edit),
+            )
             told = column.kind == "out-of-domain" and row.edit is None
-            yield Claim(text, power(d, table.metric) if told else None)
+            yield Claim(text, power(d, table.metric) if told else None, cell.compared)
 
 
 def _grouped(table: Table) -> Iterator[Claim]:
-    """For every place, the methods that were better, those that were worse, and the rest."""
+    """For every place, the methods above the first one, those below it, and the rest."""
     baseline, metric = table.rows[0].label, table.metric
     tuned = [i for i, row in enumerate(table.rows) if i and row.edit is None]
     for place, column in enumerate(table.columns):
@@ -213,40 +256,51 @@ def _grouped(table: Table) -> Iterator[Claim]:
             continue
         where = PLACES[column.kind]
         corrected = adjusted(table, place, "p_t")
-        parts: dict[int, list[str]] = {1: [], -1: [], 0: []}
-        alone = []
+        level = f"p at most {ALPHA}, corrected for {_family(table, corrected, None)} comparisons"
+        lines: dict[str, list[tuple[str, Cell]]] = {
+            f"Higher {metric.title} than {baseline} {where} ({level})": [],
+            f"Lower {metric.title} than {baseline} {where} ({level})": [],
+            f"No difference to {baseline} was shown {where}": [],
+            f"Against {baseline} {where}, too few runs or all equal, so no interval": [],
+        }
+        higher, lower, unclear, alone = lines.values()
         for i in tuned:
             row, p = table.rows[i], corrected[i]
-            d = row.cells[place].difference
+            cell = row.cells[place]
+            d = cell.difference
             if d is None:
                 continue
+            said = f"{row.label} {difference(d.mean, metric)}"
             if d.interval is None:
-                alone.append(f"{row.label} {difference(d.mean, metric)}")
+                alone.append((said, cell))
                 continue
-            weak = d.sign and p is not None and p > ALPHA
-            parts[d.sign].append(
-                f"{row.label} {difference(d.mean, metric)} ({interval_text(d.interval, metric)}"
-                + (f"; corrected p {_equals(p_text(p))})" if weak else ")")
+            shown = p is not None and p <= ALPHA
+            ends = interval_text(d.interval, metric)
+            if d.sign and not shown:
+                ends += f"; corrected p {_equals(p_text(p))}"
+            found = (higher if d.sign > 0 else lower) if shown else unclear
+            found.append((f"{said} ({ends})", cell))
+        told = [(start, members) for start, members in lines.items() if members]
+        for number, (start, members) in enumerate(told, 1):
+            last = column.kind == "out-of-domain" and number == len(told)
+            cells = [table.rows[i].cells[place] for i in tuned] if last else []
+            behind = [cell for _, cell in members] + [c for c in cells if c.difference]
+            yield Claim(
+                f"{start}: {', '.join(text for text, _ in members)}.",
+                _resolved(cells, metric),
+                tuple(dict.fromkeys(key for cell in behind for key in cell.compared)),
             )
-        level = f"corrected for {len(tuned)} methods p is at most {ALPHA} unless it is given"
-        lines = [
-            (parts[1], f"Higher {metric.title} than {baseline} {where} ({level})"),
-            (parts[-1], f"Lower {metric.title} than {baseline} {where} ({level})"),
-            (parts[0], f"No difference to {baseline} was shown {where}"),
-            (alone, f"Against {baseline} {where}, too few runs or all equal, so no interval"),
-        ]
-        found = [f"{start}: {', '.join(said)}." for said, start in lines if said]
-        shown = (
-            _resolved([table.rows[i].cells[place] for i in tuned], metric)
-            if column.kind == "out-of-domain"
-            else None
-        )
-        for number, text in enumerate(found, 1):
-            yield Claim(text, shown if number == len(found) else None)
+
+
+def _family(table: Table, corrected: Sequence[float | None], edit: str | None) -> int:
+    """How many tests a p-value was corrected for: those that could be made with this edit."""
+    return sum(
+        p is not None and row.edit == edit for row, p in zip(table.rows, corrected, strict=True)
+    )
 
 
 def _resolved(cells: Sequence[Cell], metric: Metric) -> str | None:
-    """The power line of a whole column: that of the cell in the middle."""
+    """The power line of a whole column: that of the cell in the middle; None without any."""
     known = [c.difference for c in cells if c.difference is not None and c.difference.resolves]
     if not known:
         return None
