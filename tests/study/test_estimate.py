@@ -88,6 +88,20 @@ def test_finished_runs_say_it(plan: Plan, task: Task, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_trials")
+def test_the_clocks_of_a_resumed_run_are_not_believed(
+    plan: Plan, task: Task, tmp_path: Path
+) -> None:
+    plan = dataclasses.replace(plan, arms=(arm(Dense()),), seeds=(0, 1, 2))
+    whole = Pace(0.1, 0.01, 2.0)
+    study = finished(study_of(plan, task, tmp_path), task, {0: Pace(0.0, 0.0, 0.0), 1: whole})
+    first, _, last = (run.spec for run in study.runs)
+    resumed = dataclasses.replace(study.records[first.key], environment={"resumed_from": 5})
+    study = dataclasses.replace(study, records={**study.records, first.key: resumed})
+    found = estimate(study, [task])
+    assert (found.finished, found.left) == (2, 1)
+    assert found.seconds == pytest.approx(whole.of(work_of(last, task)))
+
+
 def test_more_rows_take_longer(plan: Plan, task: Task, tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, max_steps=None, epochs=2)
     plan = dataclasses.replace(

@@ -130,6 +130,7 @@ def test_edits_go_to_the_arms_that_they_fit() -> None:
 
 DENSE = MethodSpec("dense", {})
 EMOE = MethodSpec.of(moduli.EMoE(num_experts=16))
+WIDE = MethodSpec.of(moduli.EMoE(num_experts=8))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,13 @@ EMOE = MethodSpec.of(moduli.EMoE(num_experts=16))
         ({"arms": (Arm(MethodSpec("emo", {})),)}, UnknownNameError, "'emoe'"),
         ({"arms": (Arm(MethodSpec("emoe", {"topk": 1})),)}, ConfigError, "'top_k'"),
         ({"arms": (arm(Dense(), epoch=3),)}, UnknownNameError, "'epochs'"),
+        ({"arms": (Arm(DENSE, overrides={"learning_rate": 1e-3}),)}, ConfigError, "learning_rates"),
+        ({"fractions": (1.5,)}, ConfigError, "at most 1"),
+        (
+            {"arms": (Arm(DENSE, edits=(Edit("split", EMOE), Edit("split", WIDE))),)},
+            ConfigError,
+            "split by emoe in two ways",
+        ),
         ({"arms": (Arm(DENSE, edits=(Edit("merged"),)),)}, ConfigError, "with experts"),
         ({"arms": (Arm(EMOE, edits=(Edit("split", EMOE),)),)}, ConfigError, "without experts"),
     ],

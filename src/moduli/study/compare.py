@@ -13,7 +13,7 @@ from moduli.errors import ConfigError
 from moduli.study.inflight import BusyError
 from moduli.study.plan import Plan, Planned, Unit
 from moduli.study.records import Failure, RunRecord
-from moduli.study.run import Listener, RunEvent, execute, failure_of
+from moduli.study.run import Listener, RunEvent, execute, failure_of, finished
 from moduli.training.kinds.base import TaskKind, get_kind
 
 POLL_SECONDS = 2.0
@@ -114,8 +114,6 @@ def compare(
 
 def collect(plan: Plan, tasks: Sequence[Task], root: Path) -> Study:
     """The study as far as it is finished, without running anything."""
-    from moduli.study.run import finished
-
     runs = plan.runs(tasks)
     records, failures = {}, []
     for run in runs:

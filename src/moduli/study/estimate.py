@@ -1,8 +1,9 @@
 """How long a study will take, before it starts.
 
 Where an arm has finished runs, their times say it: training scaled by the rows that a run trains
-on, evaluation by those it is tested on, the median over runs. Where it has none, it is tried: the
-model is loaded and converted, a few steps are done and a few rows are scored.
+on, evaluation by those it is tested on, the median over runs that were not interrupted. Where it
+has none, it is tried: the model is loaded and converted, a few steps are done and a few rows are
+scored.
 """
 
 from __future__ import annotations
@@ -121,10 +122,12 @@ def estimate(study: Study, tasks: Sequence[Task], *, retry_failed: bool = False)
         runs = [run for run in study.runs if run.arm == number and run.spec.key not in failed]
         left = [run for run in runs if run.spec.key not in study.records]
         known = study.finished(number)
+        # The clocks of a resumed run have not seen all of it.
+        whole = [run for run in known if run[1].environment.get("resumed_from") is None]
         seconds: float | None = 0.0
         if left:
-            seconds = _of_records(left, known, tasks) if known else _of_trial(left, tasks)
-        arms.append(ArmEstimate(label, len(known), len(left), seconds, bool(left and not known)))
+            seconds = _of_records(left, whole, tasks) if whole else _of_trial(left, tasks)
+        arms.append(ArmEstimate(label, len(known), len(left), seconds, bool(left and not whole)))
     return Estimate(tuple(arms))
 
 

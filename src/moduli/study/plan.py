@@ -33,7 +33,7 @@ class Arm:
     Attributes:
         method: with all its settings.
         learning_rates: that are tried for it; empty: those of the plan.
-        overrides: settings of `FinetuneSettings` that are its own, such as `trains`.
+        overrides: other settings of `FinetuneSettings` that are its own, such as `trains`.
         edits: how its tuned models are tested besides as they are.
         label: what it is called; None: made of what tells it from the other arms.
     """
@@ -165,8 +165,7 @@ class Plan:
 
     def rates(self, one: Arm) -> tuple[float, ...]:
         """The learning rates that are tried for an arm."""
-        own = one.overrides.get("learning_rate", self.settings.learning_rate)
-        return one.learning_rates or self.learning_rates or (float(own),)
+        return one.learning_rates or self.learning_rates or (self.settings.learning_rate,)
 
     def runs(self, tasks: Sequence[Task]) -> list[Planned]:
         """All runs, seed by seed, so that a study cut short has whole pairs to compare.
@@ -207,6 +206,11 @@ class Plan:
 
     def _settings(self, one: Arm, rate: float) -> FinetuneSettings:
         known = [f.name for f in dataclasses.fields(FinetuneSettings)]
+        if "learning_rate" in one.overrides:
+            raise ConfigError(
+                f"An arm of {one.method.name} overrides learning_rate; give it as learning_rates, "
+                "of which there may be several."
+            )
         for name in one.overrides:
             if name not in known:
                 raise UnknownNameError(f"Training has no setting {name!r}. {nearest(name, known)}")
@@ -224,7 +228,9 @@ class Plan:
             )
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
-                raise ConfigError(f"fraction is {fraction}; it is a share of the rows, above 0.")
+                raise ConfigError(
+                    f"fraction is {fraction}; it is a share of the rows, above 0 and at most 1."
+                )
         for what, values in (
             ("seed", self.seeds),
             ("fraction", self.fractions),
@@ -244,6 +250,10 @@ class Plan:
                 raise ConfigError(f"Two arms are called {label!r}; give them labels of their own.")
         for one in self.arms:
             method = one.method.build()
+            if twice := _twice([edit.label for edit in one.edits]):
+                raise ConfigError(
+                    f"{method.name} is to be tested {twice} in two ways; make an arm for each."
+                )
             for edit in one.edits:
                 if edit.method is not None:
                     edit.method.build()

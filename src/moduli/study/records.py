@@ -57,7 +57,8 @@ class RunRecord:
     final_loss: float
     """Mean training loss of the last tenth of the steps."""
     seconds: Mapping[str, float]
-    """Time for conversion, training and evaluation, of the process that finished the run."""
+    """Wall time of its parts ("load", "convert", "train", "inspect", "evaluate") in the process
+    that finished the run: of a resumed one without what others had done."""
     cpu_seconds: Mapping[str, float]
     """The same in processor time, which a busy machine lengthens less."""
     environment: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Do one run: load, convert, tune, evaluate, merge, evaluate again, and write it all down at once.
+"""Do one run: load, convert, tune, test, test after every edit, and write it all down at once.
 
 Work in flight lives in a hidden directory beside the final one (`moduli.study.inflight`), with
 the Trainer's checkpoints in it; a run that was killed goes on from the last of them.
@@ -6,17 +6,14 @@ the Trainer's checkpoints in it; a run that was killed goes on from the last of 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from moduli.data.task import Task
 from moduli.errors import CheckpointError, ConfigError
@@ -34,21 +31,12 @@ from moduli.study.records import (
 from moduli.study.sample import rows_to_show, sample_batches
 from moduli.study.spec import RunSpec, plain
 from moduli.study.testing import test
+from moduli.study.watching import Clocks, watch_selection, write_inspection
 from moduli.training.kinds.base import get_kind
-from moduli.training.settings import FinetuneSettings
-
-if TYPE_CHECKING:
-    from moduli.inspect.training import SelectionOverTraining
 
 Stage = Literal[
     "known", "started", "converted", "step", "evaluating", "finished", "failed", "elsewhere"
 ]
-
-
-WINDOWS = 20
-"""Of training, in each of which selections are counted."""
-INSPECTED_ROWS = 64
-"""Test rows of every domain on which the experts of a tuned model are looked at."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +195,8 @@ def _work(
 
     kind = get_kind(task.kind)
     clocks = Clocks()
-    model, processor = load_model(spec, task)
+    with clocks("load"):
+        model, processor = load_model(spec, task)
     train = training_rows(spec, task)
     method = spec.method.build()
     with clocks("convert"):
@@ -248,7 +237,9 @@ def _work(
         (partial / "result").mkdir()
     if selection is not None:
         tell(RunEvent(spec, "evaluating", "what experts do"))
-        write_inspection(spec, task, model, processor, selection, partial / "result" / INSPECTION)
+        with clocks("inspect"):
+            path = partial / "result" / INSPECTION
+            write_inspection(spec, task, model, processor, selection, path)
     with clocks("evaluate"), watch_kernels() as in_evaluation:
         found = test(spec, task, model, processor, train, lambda what: _now(tell, spec, what))
     tail = result.losses[-max(1, len(result.losses) // 10) :]
@@ -296,54 +287,6 @@ def training_rows(spec: RunSpec, task: Task) -> Any:
         assert rows is not None  # the plan saw to it
         parts.append(rows.select(range(math.ceil(spec.fraction * len(rows)))))
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts).shuffle(seed=0)
-
-
-def watch_selection(settings: FinetuneSettings, rows: int) -> SelectionOverTraining:
-    """A callback that counts which experts are chosen, in about `WINDOWS` windows of training."""
-    from moduli.inspect.training import SelectionOverTraining
-
-    per_epoch = math.ceil(rows / (settings.batch_size * settings.gradient_accumulation_steps))
-    steps = settings.max_steps or settings.epochs * per_epoch
-    return SelectionOverTraining(every=math.ceil(steps / WINDOWS))
-
-
-def write_inspection(
-    spec: RunSpec,
-    task: Task,
-    model: Any,
-    processor: Any,
-    selection: SelectionOverTraining,
-    path: Path,
-) -> None:
-    """What the experts of the tuned model do on some test rows of every domain, as a record."""
-    from moduli.inspect.inspecting import inspect_model
-
-    found = inspect_model(
-        model,
-        processor,
-        task,
-        max_rows=INSPECTED_ROWS,
-        max_length=spec.settings.max_length,
-        title=f"{spec.method.name} tuned on {spec.trained_on}, seed {spec.seed}",
-        coselection=False,
-        activations=False,
-    )
-    dataclasses.replace(found, selection=selection.result()).write(path)
-
-
-class Clocks:
-    """Wall and processor seconds of the parts of a run."""
-
-    def __init__(self) -> None:
-        self.wall: dict[str, float] = {}
-        self.cpu: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        self.wall[name] = time.perf_counter() - wall
-        self.cpu[name] = time.process_time() - cpu
 
 
 def _now(tell: Listener, spec: RunSpec, what: str) -> None:

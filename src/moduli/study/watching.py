@@ -1,0 +1,71 @@
+"""What is watched of a run besides its scores: time, selection over training, what experts do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moduli.data.task import Task
+from moduli.study.spec import RunSpec
+from moduli.training.settings import FinetuneSettings
+
+if TYPE_CHECKING:
+    from moduli.inspect.training import SelectionOverTraining
+
+WINDOWS = 20
+"""Of training, in each of which selections are counted."""
+INSPECTED_ROWS = 64
+"""Test rows of every domain on which the experts of a tuned model are looked at."""
+
+
+def watch_selection(settings: FinetuneSettings, rows: int) -> SelectionOverTraining:
+    """A callback that counts which experts are chosen, in about `WINDOWS` windows of training."""
+    from moduli.inspect.training import SelectionOverTraining
+
+    per_epoch = math.ceil(rows / (settings.batch_size * settings.gradient_accumulation_steps))
+    steps = settings.max_steps or settings.epochs * per_epoch
+    return SelectionOverTraining(every=math.ceil(steps / WINDOWS))
+
+
+def write_inspection(
+    spec: RunSpec,
+    task: Task,
+    model: Any,
+    processor: Any,
+    selection: SelectionOverTraining,
+    path: Path,
+) -> None:
+    """What the experts of the tuned model do on some test rows of every domain, as a record."""
+    from moduli.inspect.inspecting import inspect_model
+
+    found = inspect_model(
+        model,
+        processor,
+        task,
+        max_rows=INSPECTED_ROWS,
+        max_length=spec.settings.max_length,
+        title=f"{spec.method.name} tuned on {spec.trained_on}, seed {spec.seed}",
+        coselection=False,
+        activations=False,
+    )
+    dataclasses.replace(found, selection=selection.result()).write(path)
+
+
+class Clocks:
+    """Wall and processor seconds of the parts of a run."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall[name] = time.perf_counter() - wall
+        self.cpu[name] = time.process_time() - cpu
