@@ -111,7 +111,8 @@ def test_a_clear_difference_is_said_and_an_unclear_one_is_not() -> None:
 def test_a_real_study_has_a_whole_report(study: Study, root: Path, tmp_path: Path) -> None:
     write_report(study, tmp_path / "report.html", root=root, command=COMMAND)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for name in ("scores", "differences", "domains", "costs", "edits", "settings", "runs"):
+    names = ("scores", "differences", "domains", "costs", "edits", "settings", "runs")
+    for name in (*names, "selection", "experts-by-domain", "activations"):
         assert section(html, name)
     assert "What emoe changed in the model" in html
     # a run leaves an inspection, so that something is known of its experts

@@ -1,4 +1,4 @@
-"""`moduli compare`: methods times learning rates times seeds, on one task or more."""
+"""`moduli compare`: methods times learning rates times sources times seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Training):
-    """Methods times seeds on one task: a table with paired intervals, and a report.
+    """Methods times seeds on a task or more: a table with paired intervals, and a report.
 
     Methods come last, each with its own settings, with a + between them. The first is what the
     others are compared with: moduli compare [options] dense + emoe --num-experts 64 + emoe
@@ -100,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
     from moduli.data import load_task
     from moduli.study.compare import collect, compare
     from moduli.study.estimate import estimate
+    from moduli.study.evidence import run_label
     from moduli.study.plan import Plan, TaskSpec, also_tested, arm, baselines
     from moduli.study.report import summary_dict, write_report
     from moduli.study.table import tabulate
@@ -154,10 +155,12 @@ def main(argv: Sequence[str]) -> int:
         points = ", in points" if metric.share else ""
         output.text(f"difference to {result.rows[0].label}{points}, paired by seed")
         output.text(difference_table(result), "")
+    if result.choice.rule.marked and any(len(g.rates) > 1 for g in result.choice.groups.values()):
+        output.text(f"learning rates chosen by the {result.choice.rule.label}")
     output.text(*headline(result), "")
     output.text(f"report: {report}")
     for failure in study.failures:
-        name = f"{failure.spec.method.name}, seed {failure.spec.seed}"
+        name = run_label(study, failure.spec)
         output.note(f"failed: {name}: {failure.message} (--retry-failed tries again)")
     return 1 if study.failures else 0
 

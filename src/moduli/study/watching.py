@@ -21,6 +21,8 @@ WINDOWS = 20
 """Of training, in each of which selections are counted."""
 INSPECTED_ROWS = 64
 """Test rows of every domain on which the experts of a tuned model are looked at."""
+PATTERN_TOKENS = 40
+"""Tokens whose neurons are counted by block: enough for a figure, in a record of every run."""
 
 
 def watch_selection(settings: FinetuneSettings, rows: int) -> SelectionOverTraining:
@@ -41,6 +43,7 @@ def write_inspection(
     path: Path,
 ) -> None:
     """What the experts of the tuned model do on some test rows of every domain, as a record."""
+    from moduli.inspect.activations import evenly
     from moduli.inspect.inspecting import inspect_model
 
     found = inspect_model(
@@ -51,9 +54,16 @@ def write_inspection(
         max_length=spec.settings.max_length,
         title=f"{spec.method.name} tuned on {spec.trained_on}, seed {spec.seed}",
         coselection=False,
-        activations=False,
     )
-    dataclasses.replace(found, selection=selection.result()).write(path)
+    patterns = []
+    for pattern in found.activations:
+        kept = evenly(len(pattern.original), PATTERN_TOKENS)
+        original, by_expert = (
+            tuple(rows[t] for t in kept) for rows in (pattern.original, pattern.by_expert)
+        )
+        patterns.append(dataclasses.replace(pattern, original=original, by_expert=by_expert))
+    found = dataclasses.replace(found, selection=selection.result(), activations=tuple(patterns))
+    found.write(path)
 
 
 class Clocks:
