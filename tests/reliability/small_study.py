@@ -95,7 +95,7 @@ def make_plan(model: Path, runs: int) -> Plan:
         arm(moduli.Dense(), learning_rate=(1e-3, 3e-3)),
         arm(emoe),
         arm(moduli.Dense(), trains="lora", lora_rank=2),
-        arm(gmoe, max_steps=2),
+        arm(gmoe, max_steps=8),
     )
     return Plan(
         model=str(model),
@@ -104,7 +104,7 @@ def make_plan(model: Path, runs: int) -> Plan:
         arms=also_tested(arms, pruned=True, cross=False),
         seeds=tuple(range(math.ceil(runs / RUNS_PER_SEED))),
         settings=FinetuneSettings(
-            max_steps=3, batch_size=4, max_length=16, learning_rate=3e-3, bf16=False
+            max_steps=12, batch_size=4, max_length=16, learning_rate=3e-3, bf16=False
         ),
         fractions=(0.5, 1.0),
     )
