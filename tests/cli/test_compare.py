@@ -48,6 +48,7 @@ def test_arms_have_settings_of_their_own(
         (2, ["dense", "+", "emo"], "'emoe'"),
         (2, ["dense", "+", "--label", "dense", *EMOE], "called 'dense'"),
         (2, ["--fractions", "2", "dense"], "fraction is 2"),
+        (2, ["--select", "oracel", "dense"], "Did you mean 'oracle'"),
         (2, ["dense", "+", "--trains", "some", "dense"], "all, head, lora or last:N"),
         (5, ["--more-data", "csv:/nowhere.csv", "dense"], "/nowhere.csv"),
     ],

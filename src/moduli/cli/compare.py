@@ -103,10 +103,12 @@ def main(argv: Sequence[str]) -> int:
     from moduli.study.evidence import run_label
     from moduli.study.plan import Plan, TaskSpec, also_tested, arm, baselines
     from moduli.study.report import summary_dict, write_report
+    from moduli.study.selection import rule_named
     from moduli.study.table import tabulate
     from moduli.study.wording import headline
 
     output = Output(args.json)
+    rule_named(args.select)  # now, not when everything has run
     arms = (arm(method), *(_arm(chunk) for chunk in others))
     if args.baselines:
         arms = (*arms, *baselines(args.settings, args.learning_rates))

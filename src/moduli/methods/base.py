@@ -114,7 +114,7 @@ class SplitMethod(Method):
 
     @property
     def borrows(self) -> bool:
-        """Always."""
+        """Always: its experts are groups of neurons."""
         return True
 
     def recipe(self, progress: Progress | None) -> Recipe:

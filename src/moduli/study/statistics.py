@@ -4,6 +4,8 @@ Two methods run with the same seed share the new head, the data and their order,
 difference varies less than either. A pair is a stratum (a training domain, a rotation) and a
 seed. Strata are fixed and seeds are random: the mean is the mean over strata of the mean over
 seeds, every stratum weighs the same, and only the spread within strata enters the interval.
+Pairs count as independent, also those of one seed in different strata: they share the new head,
+but no data.
 
     S strata, n_s pairs in stratum s with mean d_s and variance v_s
     mean = sum_s d_s / S,  error² = sum_s (v_s / n_s) / S²
