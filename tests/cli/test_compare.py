@@ -50,6 +50,11 @@ def test_arms_have_settings_of_their_own(
         (2, ["--fractions", "2", "dense"], "fraction is 2"),
         (2, ["--select", "oracel", "dense"], "Did you mean 'oracle'"),
         (2, ["dense", "+", "--trains", "some", "dense"], "all, head, lora or last:N"),
+        (
+            2,
+            ["--validation-size", "0", "--learning-rates", "1e-4", "2e-4", "dense"],
+            "needs validation splits",
+        ),
         (5, ["--more-data", "csv:/nowhere.csv", "dense"], "/nowhere.csv"),
     ],
 )

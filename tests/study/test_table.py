@@ -11,7 +11,8 @@ from moduli.errors import ConfigError
 from moduli.study.compare import Study
 from moduli.study.plan import Planned, Unit
 from moduli.study.records import Failure
-from moduli.study.table import tabulate
+from moduli.study.table import check_rule, tabulate
+from tests.study.conftest import make_task
 from tests.study.fakes import made_study
 
 
@@ -70,6 +71,24 @@ def test_a_rate_with_which_everything_failed_is_not_waited_for() -> None:
     table = tabulate(dataclasses.replace(without(study, set(gone)), failures=failures))
     assert [row.arm for row in table.rows] == [0, 1, 1]
     assert table.choice.learning_rate(1, table.units[0]) == 1e-4
+
+
+@pytest.mark.parametrize("rule", ["training-domain", "leave-one-domain-out", "oracle"])
+def test_a_rule_that_cannot_choose_is_refused_before_anything_runs(rule: str) -> None:
+    task = make_task()
+    bare = dataclasses.replace(
+        task,
+        domains={
+            name: dataclasses.replace(splits, validation=None)
+            for name, splits in task.domains.items()
+        },
+    )
+    several, one = made_study(rates=(1e-4, 2e-4)), made_study()
+    planned = without(several, set(several.records))
+    check_rule(planned, [task], rule)
+    check_rule(one, [bare], rule)  # nothing to choose
+    with pytest.raises(ConfigError, match="validation"):
+        check_rule(planned, [bare], rule)
 
 
 def test_a_search_looks_at_validation_and_at_no_edit() -> None:

@@ -103,12 +103,10 @@ def main(argv: Sequence[str]) -> int:
     from moduli.study.evidence import run_label
     from moduli.study.plan import Plan, TaskSpec, also_tested, arm, baselines
     from moduli.study.report import summary_dict, write_report
-    from moduli.study.selection import rule_named
-    from moduli.study.table import tabulate
+    from moduli.study.table import check_rule, tabulate
     from moduli.study.wording import headline
 
     output = Output(args.json)
-    rule_named(args.select)  # now, not when everything has run
     arms = (arm(method), *(_arm(chunk) for chunk in others))
     if args.baselines:
         arms = (*arms, *baselines(args.settings, args.learning_rates))
@@ -127,6 +125,7 @@ def main(argv: Sequence[str]) -> int:
         fractions=args.fractions,
     )
     study = collect(plan, tasks, args.root)
+    check_rule(study, tasks, args.select)
     if not args.report_only:
         output.note(estimate(study, tasks, retry_failed=args.retry_failed).sentence)
         with StudyProgress(output.log, study) as progress:

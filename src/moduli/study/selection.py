@@ -227,17 +227,6 @@ class Choice:
         return seen.score if self.metric.higher_is_better else -seen.score
 
 
-def rule_named(name: str) -> Rule:
-    """One of `RULES`.
-
-    Raises:
-        UnknownNameError: there is no such rule.
-    """
-    if name not in RULES:
-        raise UnknownNameError(f"There is no selection rule {name!r}. {nearest(name, RULES)}")
-    return RULES[name]
-
-
 def choose(candidates: Iterable[Candidate], rule: str, metric: Metric) -> Choice:
     """Chooses a learning rate for every arm and stratum, and for every test domain if it matters.
 
@@ -255,7 +244,9 @@ def choose(candidates: Iterable[Candidate], rule: str, metric: Metric) -> Choice
         ConfigError: too few domains have a validation split for the rule, or two candidates are
             the same run or differ in their sources.
     """
-    chosen = rule_named(rule)
+    if rule not in RULES:
+        raise UnknownNameError(f"There is no selection rule {rule!r}. {nearest(rule, RULES)}")
+    chosen = RULES[rule]
     runs: dict[tuple[Hashable, Hashable], list[Candidate]] = {}
     for candidate in candidates:
         runs.setdefault((candidate.arm, candidate.stratum), []).append(candidate)

@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moduli.data.task import Task
 from moduli.errors import ConfigError
 from moduli.study.compare import Study
 from moduli.study.plan import Planned, Unit
 from moduli.study.records import RunRecord
 from moduli.study.selection import TRAINING_DOMAIN, Candidate, Choice, choose
 from moduli.study.statistics import PairedDifference, Summary, paired_difference, summarise
+from moduli.training.kinds.base import get_kind
 from moduli.training.metrics import Metric
 
 Values = Mapping[tuple[Unit, int], float]
@@ -127,6 +129,42 @@ def tabulate(
             title = f"{label} ({edit})" if edit else label
             rows.append(Row(title, number, edit, tuple(cells)))
     return Table(chosen, tuple(columns), tuple(rows), choice, tuple(units), split)
+
+
+def check_rule(study: Study, tasks: Sequence[Task], rule: str) -> None:
+    """See to it, before anything runs, that a rule will be able to choose learning rates.
+
+    Args:
+        study: its plan counts, not what is finished.
+        tasks: those of its plan, loaded.
+        rule: as for `tabulate`.
+
+    Raises:
+        ConfigError: the rule does not work for these data.
+        UnknownNameError: there is no such rule.
+    """
+    metric = get_kind(tasks[0].kind).primary
+    domains = {run.unit: tasks[run.unit.task].domains for run in study.runs}
+    candidates = [
+        Candidate(
+            arm=run.arm,
+            stratum=run.unit,
+            seed=run.spec.seed,
+            learning_rate=run.spec.settings.learning_rate,
+            sources=run.unit.sources,
+            validation={
+                name: {metric.name: 0.0}
+                for name, splits in domains[run.unit].items()
+                if splits.validation is not None
+            },
+        )
+        for run in study.runs
+    ]
+    choice = choose(candidates, rule, metric)
+    for arm, unit in {(run.arm, run.unit): None for run in study.runs}:
+        for name, splits in domains[unit].items():
+            if splits.test is not None:
+                choice.learning_rate(arm, unit, name)
 
 
 def columns_of(study: Study, units: Sequence[Unit], split: Split = "test") -> list[Column]:
