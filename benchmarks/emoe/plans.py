@@ -18,9 +18,9 @@ from moduli.methods.dense import Dense
 from moduli.study.plan import Plan, TaskSpec, also_tested, arm
 from moduli.training.settings import FinetuneSettings
 
-SENTIMENT = {"max_train": 1000, "max_validation": 300, "max_test": 600}
+SENTIMENT = {"max_train": 1000, "max_validation": 60, "max_test": 300}
 # A search never looks at test rows; a few are left since every run is tested.
-SEARCHED = SENTIMENT | {"max_test": 20}
+SEARCHED = SENTIMENT | {"max_validation": 300, "max_test": 20}
 
 
 def emoe(num_experts: int = 64, top_k: int = 32, layers: str = "last:2", **more: object) -> object:
@@ -84,9 +84,9 @@ VENDORS = (("noto", "twemoji", "fluent-emoji-flat"), ("openmoji", "emojione-mono
 
 def text() -> Plan:
     """The comparison: every source in turn, eight seeds; settings from `text_search`."""
+    full = (arm(Dense(), learning_rate=2e-4), arm(emoe(), learning_rate=2e-4))
     arms = (
-        arm(Dense(), learning_rate=2e-4),
-        arm(emoe(), learning_rate=2e-4),
+        *also_tested(full, pruned=True, cross=True),
         arm(emoe(gate="cosine"), learning_rate=2e-4, label="emoe-learn"),
         arm(moduli.GMoE(num_experts=6, top_k=2, layers="last:1"), learning_rate=2e-4),
         arm(Dense(), trains="lora", learning_rate=3e-3),
@@ -96,7 +96,7 @@ def text() -> Plan:
         model="minilm",
         tasks=(TaskSpec("sentiment", SENTIMENT),),
         sources="each",
-        arms=also_tested(arms, pruned=True, cross=True),
+        arms=arms,
         seeds=tuple(range(8)),
         settings=FinetuneSettings(epochs=2),
     )

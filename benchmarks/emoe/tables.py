@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "emoe"
-PAGES = ("README.md", "docs/methods/emoe.md", "docs/methods/gmoe.md", "docs/evidence.md")
+PAGES = ("README.md", "docs/methods/emoe.md", "docs/evidence.md")
 PLACE = re.compile(r"(<!-- emoe:([\w-]+) -->\n).*?(<!-- /emoe -->)", re.DOTALL)
 
 

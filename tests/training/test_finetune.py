@@ -1,5 +1,6 @@
 """Fine-tuning: it learns, repeats bit for bit, resumes bit for bit, and averages over batches."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -53,6 +54,20 @@ def test_it_learns_and_reports_every_step(
     scores = evaluate(model, tokenizer, rows)
     assert scores.n == len(rows)
     assert scores.accuracy > 0.9
+
+
+def test_a_model_trained_in_bfloat16_is_scored_as_it_is_saved(
+    fresh_model: Load, tokenizer: Any, rows: Rows, tmp_path: Path
+) -> None:
+    """Training wraps its forward in autocast, which must not stay."""
+    model = fresh_model()
+    settings = dataclasses.replace(FAST, max_steps=2, bf16=True)
+    finetune(model, tokenizer, "classification", rows, settings=settings, seed=3)
+    assert "forward" not in model.__dict__
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(predict(model, tokenizer, rows), predict(loaded, tokenizer, rows))
+
 
 
 def test_a_killed_run_resumes_to_the_same_bits(

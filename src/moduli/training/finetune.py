@@ -136,6 +136,8 @@ def finetune(
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except TrainingError as error:
             raise TrainingError(_advice(str(error), trainer, out)) from None
+        finally:
+            _without_autocast(trainer, model)
     if stop.is_set():
         raise Interrupted(last_checkpoint(out) if out is not None else None)
     history = trainer.state.log_history
@@ -367,6 +369,17 @@ def _trainer(
     if on_progress is not None:
         trainer.add_callback(ReportProgress(on_progress))
     return trainer
+
+
+def _without_autocast(trainer: Any, model: nn.Module) -> None:
+    """Take away the wrapper by which Accelerate trains in bfloat16.
+
+    It would stay, so that the model scored here was not the one that is saved and loaded.
+    """
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    forward = model.__dict__.get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is type(model).forward:
+        del model.__dict__["forward"]
 
 
 def _advice(what: str, trainer: Any, out: Path | None) -> str:
