@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import BertForSequenceClassification, set_seed
 
@@ -122,7 +123,8 @@ def test_what_was_frozen_stays_frozen() -> None:
     model = tiny.build("bert")
     model.classifier.bias.requires_grad_(False)
     prepare(model, settings(trains="head"))
-    assert trained(model) == {"classifier.weight"}
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert trained(model) == {"classifier.weight", *pooler}
     finish(model)
     assert not model.classifier.bias.requires_grad
 
@@ -255,6 +257,35 @@ def test_an_adapter_is_not_resumed_into_another_order_of_neurons(tmp_path: Path)
     assert run(seed=0) == 2
     with pytest.raises(CheckpointError, match="another order"):
         run(seed=1)
+
+
+def test_half_a_layout_beside_an_adapter_stops_no_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout comes last, when the checkpoint counts as complete already."""
+    how = settings(trains="lora", lora_targets=("intermediate.dense",), max_steps=2)
+
+    def run() -> int | None:
+        model = classifier("split")
+        tuning, data = prepare(model, how), labelled()
+        words = tinykinds.tokenizer()
+        return finetune(
+            *(tuning, words, "classification", data),
+            settings=how,
+            seed=3,
+            out=tmp_path,
+            checkpoint_every=1,
+        ).resumed_from
+
+    def cut(self: Any, path: Path, *_: Any, **__: Any) -> None:
+        Path(path).write_text('{"moduli": {"lay')
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.BertConfig, "to_json_file", cut)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    assert run() == 1
 
 
 def test_factors_are_a_function_of_the_seed() -> None:

@@ -6,6 +6,7 @@ They are ordinary `TrainerCallback`s and work in anybody's `Trainer(callbacks=[.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -62,8 +63,12 @@ class KeepLayout(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """A checkpoint of the whole model has its config already."""
         if hasattr(model, "peft_config"):
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            model.config.save_pretrained(folder)
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "config.json"
+            # By one rename: the checkpoint counts as complete already, so half a file would be
+            # read as its config by the run that goes on.
+            partial = path.with_name(f".{path.name}")
+            model.config.to_json_file(partial)
+            os.replace(partial, path)
 
 
 class StopOnNonFinite(TrainerCallback):
