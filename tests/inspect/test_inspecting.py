@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,11 @@ def test_padding_is_never_counted(encoder: tuple[Any, Any]) -> None:
 def test_the_model_is_as_before(encoder: tuple[Any, Any]) -> None:
     model, tokenizer = encoder
     model.train()
+    model.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inspect_model(model, tokenizer, [{"text": "good"}])
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     model.eval()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
@@ -148,6 +151,7 @@ def test_splits_and_rows_are_limited(encoder: tuple[Any, Any]) -> None:
     assert few.activations == ()
     alone = inspect_model(model, tokenizer, texts=[{"text": "good"}])
     assert (alone.layers, len(alone.tokens)) == ((), 1)
+    assert inspect_model(model, tokenizer, [], texts=[{"text": "good"}]) == alone
 
 
 def test_bad_input(encoder: tuple[Any, Any], minilm_path: Path) -> None:
@@ -158,6 +162,13 @@ def test_bad_input(encoder: tuple[Any, Any], minilm_path: Path) -> None:
         inspect_model(model, tokenizer, make_task(), max_rows=0)
     with pytest.raises(DataError, match="nothing to run"):
         inspect_model(model, tokenizer)
+    unsplit = {
+        name: dataclasses.replace(splits, test=None, validation=None)
+        for name, splits in make_task().domains.items()
+    }
+    only_train = dataclasses.replace(make_task(), domains=unsplit)
+    with pytest.raises(DataError, match="rows in its test split; there is train, or all"):
+        inspect_model(model, tokenizer, only_train)
     with pytest.raises(ModelError, match=r"leave `moduli\.dense`"), moduli.dense(model):
         inspect_model(model, tokenizer, [{"text": "good"}])
     bare = AutoModel.from_pretrained(minilm_path)

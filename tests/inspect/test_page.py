@@ -228,3 +228,14 @@ def test_a_page_that_cannot_be_written_says_so(inspection: Inspection, tmp_path:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not write"):
         write_page(inspection, tmp_path / "file" / "page.html", command=COMMAND)
+
+
+def test_classes_that_are_left_out_are_counted_where_they_were_seen(
+    inspection: Inspection,
+) -> None:
+    """A task may name more classes than its rows have."""
+    named = dataclasses.replace(inspection, classes=tuple(map(str, range(100))))
+    assert "Of 100 classes" not in render_page(named, command=COMMAND)
+    load = inspection.layers[0].load
+    seen = with_layers(named, by_class={str(i): load for i in range(60)})
+    assert "Of 60 classes the 40 least" in render_page(seen, command=COMMAND)

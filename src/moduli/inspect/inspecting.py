@@ -162,17 +162,21 @@ def _kind(model: Any, data: Any, name: str | None) -> TaskKind:
 
 def _rows_by_domain(data: Any, split: str, max_rows: int | None) -> dict[str, list[Any]]:
     if split not in SPLITS:
-        raise ConfigError(f"There is no split {split!r}; it is {', '.join(SPLITS)}.")
+        raise ConfigError(f"There is no split {split!r}; it is one of {', '.join(SPLITS)}.")
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"max_rows is {max_rows}; it must be at least 1, or None for all.")
-    if data is None:
-        return {}
     if not isinstance(data, Task):
-        return {"all": list(islice(data, max_rows))}
+        return {"all": list(islice(data, max_rows))} if data else {}
     found = {name: list(islice(_rows(s, split), max_rows)) for name, s in data.domains.items()}
     found = {name: rows for name, rows in found.items() if rows}
     if not found:
-        raise DataError(f"No domain of {data.name!r} has a {split} split.")
+        there = [
+            name
+            for name in SPLITS[:-1]
+            if any(getattr(splits, name) for splits in data.domains.values())
+        ]
+        hint = f"; there is {' and '.join(there)}, or all" if there else ""
+        raise DataError(f"No domain of {data.name!r} has rows in its {split} split{hint}.")
     return found
 
 

@@ -183,7 +183,8 @@ class Inspection:
         layers: one record per routed layer, in the order of the model.
         overlap: [L, L] normalised mutual information of the first choices of two layers over the
             same tokens, 0 independent, 1 the same up to names; None where layers of two stacks see
-            different tokens.
+            different tokens. Of E experts and T tokens chance alone makes about
+            (E - 1)^2 / (2 T log E) of it.
         domains: names, in the order of the data.
         classes: names of the labels, in the order of their integers; empty if there are none.
         selection: over training, if it was recorded.

@@ -9,7 +9,7 @@ Rows = tuple[tuple[str, ...], ...]
 
 LEGEND = (
     "active: experts per token. busiest, idlest: their load, where equal use is 1.\n"
-    "router: entropy of its choice per token, 0 certain to 1 undecided.\n"
+    "router: entropy of the softmax of its scores, 0 certain to 1 undecided.\n"
     "spread: entropy of the load, 0 one expert only to 1 equal use.\n"
     "dead: experts below 1 % of an equal share. equal: pairs of almost equal experts.\n"
     "split: share of the spread of the neurons' keys that lies between experts."

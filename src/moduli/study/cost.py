@@ -24,6 +24,7 @@ from moduli.surgery.inputs import probe_batch
 from moduli.surgery.locate import survey
 from moduli.surgery.modular import dense, is_modular, routed_layers
 from moduli.surgery.owned import OwnedExperts
+from moduli.surgery.partition.observe import evaluating
 from moduli.surgery.projection import base_of, bias_of, shape_of
 from moduli.surgery.report import ConversionReport
 from moduli.surgery.routed import RoutedLayer
@@ -130,7 +131,6 @@ def _run_counted(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, dict[
 
         return hook
 
-    modes = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:
         for name, module in watched.items():
@@ -139,11 +139,9 @@ def _run_counted(model: nn.Module, batch: Mapping[str, Any]) -> tuple[int, dict[
         stack.enter_context(_without_adapter(model))
         # Fused attention is one operation that the counter does not know on every device.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(evaluating(model))
         stack.enter_context(counter)
-        model.eval()
         model(**batch)
-    for module, mode in modes.items():
-        module.training = mode
     return counter.get_total_flops(), positions
 
 
