@@ -137,7 +137,7 @@ def finetune(
         except TrainingError as error:
             raise TrainingError(_advice(str(error), trainer, out)) from None
         finally:
-            _without_autocast(trainer, model)
+            _without_autocast(model)
     if stop.is_set():
         raise Interrupted(last_checkpoint(out) if out is not None else None)
     history = trainer.state.log_history
@@ -371,15 +371,17 @@ def _trainer(
     return trainer
 
 
-def _without_autocast(trainer: Any, model: nn.Module) -> None:
+def _without_autocast(model: nn.Module) -> None:
     """Take away the wrapper by which Accelerate trains in bfloat16.
 
     It would stay, so that the model scored here was not the one that is saved and loaded.
+    (Accelerate's own way to unwrap also strips what transformers has wrapped around a forward.)
     """
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    forward = model.__dict__.get("forward")
-    if forward is not None and getattr(forward, "__func__", None) is type(model).forward:
+    before = model.__dict__.pop("_original_forward", None)
+    if before is not None:
         del model.__dict__["forward"]
+        if before.__func__ is not type(model).forward:
+            model.forward = before
 
 
 def _advice(what: str, trainer: Any, out: Path | None) -> str:
