@@ -146,13 +146,9 @@ def check_rule(study: Study, tasks: Sequence[Task], rule: str) -> None:
     metric = get_kind(tasks[0].kind).primary
     domains = {run.unit: tasks[run.unit.task].domains for run in study.runs}
     candidates = [
-        Candidate(
-            arm=run.arm,
-            stratum=run.unit,
-            seed=run.spec.seed,
-            learning_rate=run.spec.settings.learning_rate,
-            sources=run.unit.sources,
-            validation={
+        _candidate(
+            run,
+            {
                 name: {metric.name: 0.0}
                 for name, splits in domains[run.unit].items()
                 if splits.validation is not None
@@ -252,16 +248,20 @@ def _candidates(study: Study, units: Sequence[Unit]) -> list[Candidate]:
         if run.spec.key in study.records:
             there[run.arm, run.unit].add(rate)
     return [
-        Candidate(
-            arm=run.arm,
-            stratum=run.unit,
-            seed=run.spec.seed,
-            learning_rate=run.spec.settings.learning_rate,
-            sources=run.unit.sources,
-            validation=study.records[run.spec.key].validation,
-        )
+        _candidate(run, study.records[run.spec.key].validation)
         for run in study.runs
         if run.unit in units
         and run.spec.key in study.records
         and there[run.arm, run.unit] == planned[run.arm, run.unit]
     ]
+
+
+def _candidate(run: Planned, validation: Mapping[str, Mapping[str, int | float]]) -> Candidate:
+    return Candidate(
+        arm=run.arm,
+        stratum=run.unit,
+        seed=run.spec.seed,
+        learning_rate=run.spec.settings.learning_rate,
+        sources=run.unit.sources,
+        validation=validation,
+    )
