@@ -69,7 +69,6 @@ def test_a_model_trained_in_bfloat16_is_scored_as_it_is_saved(
     assert torch.equal(predict(model, tokenizer, rows), predict(loaded, tokenizer, rows))
 
 
-
 def test_a_killed_run_resumes_to_the_same_bits(
     trained: tuple[nn.Module, list[Progress], tuple[float, ...]],
     fresh_model: Load,
