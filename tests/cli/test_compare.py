@@ -14,6 +14,7 @@ Run = Callable[..., Any]
 EMOE = ["emoe", "--split", "contiguous", "--top-k", "8"]
 
 
+@pytest.mark.slow
 def test_arms_have_settings_of_their_own(
     task_options: list[str], tmp_path: Path, run_json: Run, fails: Run
 ) -> None:

@@ -76,6 +76,7 @@ def test_finished_runs_are_never_repeated(
     assert again.records == study.records
 
 
+@pytest.mark.slow
 def test_a_study_killed_in_the_middle_of_a_run_ends_with_the_same_records(
     study: Study, minilm_path: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_the_model_handed_back_is_the_merged_one_bit_for_bit(
     assert not lines
 
 
+@pytest.mark.slow
 def test_the_proof_fails_for_other_weights(
     study: Study,
     task: Task,
