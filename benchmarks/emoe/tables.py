@@ -69,7 +69,7 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
     ]
     for row in table["rows"]:
         cells = [row["cells"][place] for place in places]
-        means = [f"{score(c['mean'], share)} ± {score(c['sd'] or 0, share)}" for c in cells]
+        means = [mean(c, share) for c in cells]
         differences = [difference(c["difference"], share) for c in cells]
         ratio = costs.get(row["label"], {}).get("time")
         time = "" if ratio is None or row["edit"] else f"{ratio:.2f}"
@@ -86,6 +86,12 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def mean(cell: dict[str, Any], share: bool) -> str:
+    """A mean with its standard deviation, if there is one."""
+    spread = "" if cell["sd"] is None else f" ± {score(cell['sd'], share)}"
+    return f"{score(cell['mean'], share)}{spread}"
 
 
 def score(value: float, share: bool) -> str:

@@ -8,7 +8,7 @@ import moduli
 from moduli.study.plan import Planned, arm
 from moduli.study.statistics import paired_difference
 from moduli.study.table import tabulate
-from moduli.study.wording import adjusted, claim, claims, corrected_claim, points
+from moduli.study.wording import adjusted, claim, claims, corrected_claim, points, power
 from moduli.training.metrics import CLASS_METRICS, LOSS
 from tests.study.fakes import emoe, made_study
 
@@ -86,3 +86,13 @@ def test_a_lower_loss_is_said_to_be_better() -> None:
 def test_a_small_difference_keeps_its_sign() -> None:
     """An interval from -0.0002 covers zero, and "0.0 to" would not show it."""
     assert [points(x) for x in (-0.0002, 0.0, 0.0002, 0.0123)] == ["−0.0", "0.0", "+0.0", "+1.2"]
+
+
+def test_power_counts_the_seeds_where_there_are_fewest() -> None:
+    """In an unfinished study some sources have more seeds than others."""
+    method = {("a", 0): 0.83, ("a", 1): 0.80, ("a", 2): 0.84, ("b", 0): 0.70}
+    d = paired_difference(method, dict.fromkeys(method, 0.75))
+    assert d is not None
+    sentence = power(d, ACCURACY)
+    assert sentence is not None
+    assert sentence.endswith("seeds instead of 1.")

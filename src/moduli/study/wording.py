@@ -8,6 +8,7 @@ what no longer holds then is said not to.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -151,12 +152,12 @@ def power(d: PairedDifference, metric: Metric) -> str | None:
     """How small a difference such pairs resolve, and what half of it takes; None if unknown."""
     if d.resolves is None or not d.sd:
         return None
-    strata = len({stratum for stratum, _ in d.pairs})
-    needed = pairs_needed(d.sd, d.resolves / 2, strata)
-    seeds = len(set(d.seeds))
+    seeds = Counter(stratum for stratum, _ in d.pairs)
+    needed = pairs_needed(d.sd, d.resolves / 2, len(seeds))
+    fewest = min(seeds.values())  # an unfinished study has more of them in some places
     return (
         f"This study resolves differences of about {size(d.resolves, metric)} (80 % power); to "
-        f"resolve half of that it would take about {needed} seeds instead of {seeds}."
+        f"resolve half of that it would take about {needed} seeds instead of {fewest}."
     )
 
 
