@@ -142,6 +142,7 @@ WIDE = MethodSpec.of(moduli.EMoE(num_experts=8))
         ({"sources": "all"}, ConfigError, "leave-one-out"),
         ({"seeds": ()}, ConfigError, "at least one"),
         ({"seeds": (1, 1)}, ConfigError, "seed 1 is given twice"),
+        ({"seeds": (0, 0)}, ConfigError, "seed 0 is given twice"),
         ({"fractions": (0.0,)}, ConfigError, "fraction is 0"),
         ({"arms": (Arm(DENSE),) * 2}, ConfigError, "dense is given twice"),
         ({"arms": (Arm(DENSE, label="a"), Arm(EMOE, label="a"))}, ConfigError, "called 'a'"),

@@ -237,14 +237,14 @@ class Plan:
             ("task", self.tasks),
         ):
             if twice := _twice(values):
-                raise ConfigError(f"The {what} {twice} is given twice.")
+                raise ConfigError(f"The {what} {twice[0]} is given twice.")
         settings = [
             (one.method, rate, self._settings(one, rate), one.edits)
             for one in self.arms
             for rate in self.rates(one)
         ]
         if twice := _twice(settings):
-            raise ConfigError(f"The method {twice[0].name} is given twice with equal settings.")
+            raise ConfigError(f"The method {twice[0][0].name} is given twice with equal settings.")
         for label, count in Counter(self.labels).items():
             if count > 1:
                 raise ConfigError(f"Two arms are called {label!r}; give them labels of their own.")
@@ -252,7 +252,7 @@ class Plan:
             method = one.method.build()
             if twice := _twice([edit.label for edit in one.edits]):
                 raise ConfigError(
-                    f"{method.name} is to be tested {twice} in two ways; make an arm for each."
+                    f"{method.name} is to be tested {twice[0]} in two ways; make an arm for each."
                 )
             for edit in one.edits:
                 if edit.method is not None:
@@ -298,7 +298,7 @@ def source_groups(task: Task, sources: tuple[tuple[str, ...], ...] | str) -> lis
             if name not in trainable:
                 raise DataError(f"The domain {name!r} of {task.name!r} has test data only.")
     if twice := _twice(tuple(tuple(sorted(group)) for group in sources)):
-        raise ConfigError(f"The domains {', '.join(twice)} are given twice to train on.")
+        raise ConfigError(f"The domains {', '.join(twice[0])} are given twice to train on.")
     return list(sources) or [(trainable[0],)]
 
 
@@ -330,5 +330,6 @@ def _noun(one: Arm) -> str:
     return f"{what} + {one.method.name}"
 
 
-def _twice(values: Sequence[Any]) -> Any:
-    return next((value for i, value in enumerate(values) if value in values[:i]), None)
+def _twice(values: Sequence[Any]) -> list[Any]:
+    """The values that stand there for the second time or later."""
+    return [value for i, value in enumerate(values) if value in values[:i]]
