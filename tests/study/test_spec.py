@@ -115,6 +115,14 @@ def test_arms_are_told_apart_by_what_differs() -> None:
     ]
 
 
+def test_what_the_settings_say_is_part_of_the_name() -> None:
+    """With `--trains lora` for all, nobody is called dense who trains factors."""
+    arms = (arm(Dense()), arm(moduli.EMoE(num_experts=16)), arm(Dense(), trains="all"))
+    assert arm_labels(arms, "lora") == ["LoRA", "LoRA + emoe", "dense"]
+    cross = also_tested(arms, pruned=False, cross=True, usual="lora")
+    assert [[edit.name for edit in one.edits] for one in cross] == [["split"], ["merged"], []]
+
+
 def test_edits_go_to_the_arms_that_they_fit() -> None:
     emoe, gmoe = moduli.EMoE(num_experts=16), moduli.GMoE(num_experts=2)
     arms = (arm(Dense()), arm(emoe), arm(gmoe), arm(Dense(), trains="lora"))

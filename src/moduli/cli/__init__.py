@@ -18,7 +18,7 @@ from moduli.version import __version__
 COMMANDS = {
     "demo": "the main job on a real model and real data, in a few minutes",
     "tune": "fine-tune a pretrained model by a method, test it in and out of domain",
-    "compare": "methods times seeds on one task; a table with intervals, and a report",
+    "compare": "methods, rates, sources and seeds: a table with intervals, and a report",
     "eval": "scores of a model on the domains of a task",
     "predict": "labels and probabilities for texts, as JSON lines",
     "inspect": "which experts do what: load, domains, tokens; tables and a page",

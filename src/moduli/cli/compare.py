@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
         model=args.model,
         tasks=named,
         sources=groups_of(args.train_domain),
-        arms=also_tested(arms, pruned=args.pruned, cross=args.cross),
+        arms=also_tested(arms, pruned=args.pruned, cross=args.cross, usual=args.settings.trains),
         seeds=args.seeds,
         settings=args.settings,
         learning_rates=args.learning_rates,

@@ -44,10 +44,9 @@ class Arm:
     edits: tuple[Edit, ...] = ()
     label: str | None = None
 
-    @property
-    def trains(self) -> str:
-        """What it trains, as far as it says so itself."""
-        return str(self.overrides.get("trains", "all"))
+    def trains(self, usual: str) -> str:
+        """What it trains, where `usual` is what the settings of the study say."""
+        return str(self.overrides.get("trains", usual))
 
 
 def arm(method: Any, *, label: str | None = None, **overrides: Any) -> Arm:
@@ -85,13 +84,16 @@ def baselines(settings: FinetuneSettings, rates: Sequence[float]) -> tuple[Arm, 
     )
 
 
-def also_tested(arms: Sequence[Arm], *, pruned: bool, cross: bool) -> tuple[Arm, ...]:
+def also_tested(
+    arms: Sequence[Arm], *, pruned: bool, cross: bool, usual: str = "all"
+) -> tuple[Arm, ...]:
     """The arms with more edits to test.
 
     Args:
         arms: as made by `arm`.
         pruned: statically pruned, those whose experts are groups of the model's own neurons.
         cross: those tuned without experts, split by the first such arm that trains the same.
+        usual: what arms train that do not say so themselves (`FinetuneSettings.trains`).
     """
     splits = [one for one in arms if one.method.build().borrows]
     found = []
@@ -99,7 +101,8 @@ def also_tested(arms: Sequence[Arm], *, pruned: bool, cross: bool) -> tuple[Arm,
         edits = one.edits
         if pruned and one in splits:
             edits = (*edits, Edit("pruned"))
-        same = next((other for other in splits if other.trains == one.trains), None)
+        trains = one.trains(usual)
+        same = next((other for other in splits if other.trains(usual) == trains), None)
         if cross and same is not None and not one.method.build().modular:
             edits = (*edits, Edit("split", same.method))
         found.append(dataclasses.replace(one, edits=edits))
@@ -152,7 +155,7 @@ class Plan:
     @property
     def labels(self) -> list[str]:
         """What the arms are called."""
-        return arm_labels(self.arms)
+        return arm_labels(self.arms, self.settings.trains)
 
     def units(self, tasks: Sequence[Task]) -> list[Unit]:
         """Everything that is averaged over, in the order it is run."""
@@ -302,11 +305,18 @@ def source_groups(task: Task, sources: tuple[tuple[str, ...], ...] | str) -> lis
     return list(sources) or [(trainable[0],)]
 
 
-def arm_labels(arms: Sequence[Arm]) -> list[str]:
-    """A short name for each: its own, or what it trains and the settings that tell it apart."""
+def arm_labels(arms: Sequence[Arm], usual: str = "all") -> list[str]:
+    """A short name for each: its own, or what it trains and the settings that tell it apart.
+
+    Args:
+        arms: of a plan.
+        usual: what they train where they do not say so themselves.
+    """
+    nouns = [_noun(one, usual) for one in arms]
     labels = []
-    for one in arms:
-        same = [other for other in arms if _noun(other) == _noun(one) and other.label is None]
+    for one, noun in zip(arms, nouns, strict=True):
+        named = zip(arms, nouns, strict=True)
+        same = [other for other, its in named if its == noun and other.label is None]
         differing = []
         for name, value in {**one.method.config, **one.overrides}.items():
             if name == "trains":
@@ -315,14 +325,14 @@ def arm_labels(arms: Sequence[Arm]) -> list[str]:
             # What most of them have goes without saying.
             if values.count(value) <= len(values) / 2:
                 differing.append(f"{name}={value}")
-        made = f"{_noun(one)} ({', '.join(differing)})" if differing else _noun(one)
+        made = f"{noun} ({', '.join(differing)})" if differing else noun
         labels.append(one.label or made)
     return labels
 
 
-def _noun(one: Arm) -> str:
+def _noun(one: Arm, usual: str) -> str:
     """What an arm is called by method and by what it trains: "emoe", "LoRA", "LoRA + emoe"."""
-    how, _, count = one.trains.partition(":")
+    how, _, count = one.trains(usual).partition(":")
     what = {"all": "", "head": "frozen probe", "lora": "LoRA", "last": f"last {count} blocks"}[how]
     dense = one.method.name == "dense"
     if dense or not what:
