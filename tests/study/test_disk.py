@@ -172,6 +172,33 @@ def test_a_full_disk_is_no_failure_of_the_run(
     assert len(compare(plan, [task], root, retry_failed=True).records) == 10
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR])
+def test_what_may_not_be_read_or_written_elsewhere_is_the_fault_of_the_run(
+    plan: Plan, task: Task, root: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study goes on; at the run's own paths the same error stops it."""
+
+    def refused(path: str) -> Any:
+        def work(spec: RunSpec, task: Task, partial: Path, *_: object) -> None:
+            where = path.format(partial=partial)
+            try:
+                raise OSError(code, os.strerror(code), where)
+            except OSError as error:
+                raise CheckpointError(f"could not use {where}") from error
+
+        return work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_work", refused("{partial}/checkpoints/optimizer.pt"))
+        with pytest.raises(CheckpointError, match=r"disk stopped the run .*optimizer\.pt"):
+            compare(plan, [task], root)
+    assert collect(plan, [task], root).failures == ()
+    for elsewhere in ("/data/rows.csv", str(root / "rows.csv"), "{partial}.csv"):
+        monkeypatch.setattr(module, "_work", refused(elsewhere))
+        study = compare(plan, [task], root, retry_failed=True)
+        assert [failure.error for failure in study.failures] == ["CheckpointError"] * 10
+
+
 @pytest.mark.usefixtures("pretended")
 def test_a_root_that_cannot_be_written_to_is_named(
     plan: Plan, task: Task, root: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ A lock is the operating system's, so that of a killed process holds up nobody.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +15,10 @@ from pathlib import Path
 
 from moduli.errors import CheckpointError, ConfigError
 
-_DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
-)
-"""Errors of the disk, which are not the fault of a run."""
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+"""Errors of the disk wherever they happen, which are not the fault of a run."""
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+"""Errors of the disk at a run's own paths only; elsewhere they are of its data or its method."""
 _SIGNS = ("(os error 28)", "unexpected pos ", "PytorchStreamWriter failed")
 """In the errors that safetensors and `torch.save` raise where the disk is full."""
 
@@ -81,7 +81,7 @@ def disk_named(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (trouble := disk_trouble(error)) is None:
+        if (trouble := disk_trouble(error, target)) is None:
             raise
         raise CheckpointError(
             f"The disk stopped the run in {target}: {trouble}. Finished runs and checkpoints are "
@@ -89,12 +89,24 @@ def disk_named(target: Path) -> Iterator[None]:
         ) from error
 
 
-def disk_trouble(error: BaseException | None) -> str | None:
-    """What the disk said, if it is behind an error; None if it is not."""
+def disk_trouble(error: BaseException | None, target: Path) -> str | None:
+    """What the disk said, if it is behind an error of the run in `target`; None if it is not."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, OSError) and (
+            error.errno in _DISK or (error.errno in _REFUSED and _keeps_out(error, target))
+        ):
             return str(error)
         if any(sign in str(error) for sign in _SIGNS):
             return f"no space left on device ({str(error).splitlines()[0]})"
         error = error.__cause__
     return None
+
+
+def _keeps_out(error: OSError, target: Path) -> bool:
+    """Whether it is about what the run writes, or the directory for that could not be made."""
+    if not target.parent.is_dir():  # before it is there, no work of the run has begun
+        return True
+    own = [os.path.realpath(path) for path in (target, partial_of(target), _lock_of(target))]
+    named = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    paths = [Path(os.path.realpath(os.fsdecode(name))) for name in named]
+    return any(path.is_relative_to(mine) for path in paths for mine in own)

@@ -103,7 +103,7 @@ def execute(
         try:
             record = _work(spec, task, partial, keep_model, checkpoint_every, tell)
         except Exception as error:
-            if disk_trouble(error) is None:  # which is not the run's fault
+            if disk_trouble(error, target) is None:  # which is not the run's fault
                 failure = Failure(spec, type(error).__name__, str(error))
                 write_json(partial / FAILED, {"error": failure.error, "message": failure.message})
                 tell(RunEvent(spec, "failed", failure))
