@@ -47,6 +47,8 @@ def test_tables_fit_80_columns(
         assert re.search(rf"^{name} +16 +4 ", out, re.M)
         assert re.search(rf"^{name}: \[CLS\]:\d+ the:\d+ un", out, re.M)
     assert re.search(r"^shop +layer \d +\d+ +\d+\.\d% +\d+\.\d%$", out, re.M)
+    assert re.search(r"^layer \s+most like\s+overlap\s+by chance$", out, re.M)
+    assert re.search(r"^layer 4 +layer 5 +0\.\d{3} +0\.\d{3}$", out, re.M)
     assert f"page: {page}" in out.replace("\n", "")
     html = page.read_text(encoding="utf-8")
     assert "<script" not in html

@@ -82,6 +82,7 @@ def made_inspection(E: int = 16, K: int = 4, L: int = 2, windows: int = 20) -> I
         title="EMoE-MiniLM on sentiment",
         layers=tuple(made_layer(name, E, K, random) for name in names),
         overlap=tuple(map(tuple, overlap.tolist())),
+        overlap_by_chance=tuple((0.04,) * L for _ in names),
         domains=DOMAINS,
         classes=("negative", "positive"),
         selection=Selection(

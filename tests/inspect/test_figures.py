@@ -20,11 +20,13 @@ from moduli.inspect.figures import (
     distance,
     figures,
     load,
+    overlap,
     selection,
     spread,
 )
 from moduli.inspect.record import Inspection, Selection
 from moduli.inspect.svg import STRENGTHS, chart_svg
+from moduli.inspect.tables import overlap_rows
 from moduli.inspect.text import layer_names, shortened, visible
 from tests.inspect.made import made_inspection
 
@@ -90,6 +92,34 @@ def test_panels_of_several_methods_share_one_scale(inspection: Inspection) -> No
     assert other.values[0] == pytest.approx([1.0] * 16)
     with pytest.raises(ConfigError, match=r"not recorded for encoder\.layer\.3.*encoder\.layer\.8"):
         selection({"EMoE": held}, "encoder.layer.3")
+
+
+def test_overlap_stands_beside_that_by_chance_on_one_scale(inspection: Inspection) -> None:
+    found, chance = overlap(inspection)
+    assert found.values[0][1] == inspection.overlap[0][1]
+    assert chance.values[0][1] == inspection.overlap_by_chance[0][1]
+    assert found.values[1][1] is chance.values[1][1] is None
+    assert found.end == chance.end == inspection.overlap[0][1]
+    before = dataclasses.replace(inspection, overlap_by_chance=())
+    assert [chart.values for chart in overlap(before)] == [found.values]
+    rows = overlap_rows(inspection)
+    assert rows[1] == ("layer 8", "layer 10", f"{inspection.overlap[0][1]:.3f}", "0.040")
+    assert len(overlap_rows(before)) == 1  # titles only
+
+
+def test_the_layer_most_alike_is_that_furthest_above_chance() -> None:
+    """Not that of the largest overlap: more experts alone would make it so."""
+    three = made_inspection(L=3)
+    lifted = dataclasses.replace(
+        three,
+        overlap=((1.0, 0.5, 0.3), (0.5, 1.0, None), (0.3, None, 1.0)),
+        overlap_by_chance=((0.1, 0.45, 0.02), (0.45, 0.1, None), (0.02, None, 0.1)),
+    )
+    assert [row[:2] for row in overlap_rows(lifted)[1:]] == [
+        ("layer 8", "layer 12"),
+        ("layer 10", "layer 8"),
+        ("layer 12", "layer 8"),
+    ]
 
 
 def test_of_many_classes_the_least_alike_are_shown(inspection: Inspection) -> None:

@@ -63,6 +63,9 @@ def test_shares_add_up(found: Inspection) -> None:
         assert 0 < layer.entropy <= 1
     assert found.overlap[0][0] == pytest.approx(1)
     assert found.overlap[0][1] == found.overlap[1][0]
+    (_, by_chance), _ = found.overlap_by_chance
+    assert by_chance is not None
+    assert 0 < by_chance < 1
 
 
 def test_tokens_are_those_of_the_texts(found: Inspection, encoder: tuple[Any, Any]) -> None:

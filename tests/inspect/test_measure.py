@@ -110,6 +110,39 @@ def test_overlap_agrees_with_scikit_learn() -> None:
     assert overlap[0][2] is None  # another stack sees other tokens
 
 
+@pytest.mark.parametrize(("experts", "tokens"), [(4, 2000), (16, 300), (64, 1000)])
+def test_what_chance_makes_of_overlap_is_what_scikit_learn_expects(
+    experts: int, tokens: int
+) -> None:
+    """And what layers have that know nothing of each other; the loads are far from equal."""
+    from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
+
+    load = torch.rand(2, experts) ** 2
+    x, y = torch.multinomial(load, tokens, replacement=True).unsqueeze(2)
+    layers = [ExpertLayer(name, nn.Identity(), experts, "") for name in ("a", "b", "c")]
+    measure = Measure(layers)
+    choices = {"a": x, "b": y, "c": x}
+    measure.add([seen(found.tolist(), layer=name) for name, found in choices.items()], "x")
+    overlap, by_chance = measure.overlap(), measure.overlap_by_chance()
+    table = contingency_matrix(x[:, 0], y[:, 0])
+    entropy = [float(torch.special.entr(v.bincount() / tokens).sum()) for v in (x[:, 0], y[:, 0])]
+    expected = 2 * expected_mutual_information(table, tokens) / sum(entropy)
+    assert expected > 0
+    assert by_chance[0][1] == by_chance[1][0] == pytest.approx(expected, rel=1 / experts**0.5)
+    assert overlap[0][1] == pytest.approx(expected, rel=4 / experts**0.5)
+    assert overlap[0][2] == pytest.approx(1)
+    assert by_chance[0][2] < 0.6 * overlap[0][2]  # here the layers do agree
+
+
+def test_layers_that_are_not_compared_have_no_chance_either() -> None:
+    measure = Measure([LAYER, ExpertLayer("b", nn.Identity(), 4, "z")])
+    measure.add([seen([[0], [1]]), seen([[0], [1]], layer="b")], "x")
+    assert [[v is None for v in row] for row in measure.overlap_by_chance()] == [
+        [False, True],
+        [True, False],
+    ]
+
+
 def test_mutual_information_ends() -> None:
     assert mutual_information(torch.tensor([[5, 0], [0, 7]])) == pytest.approx(1)
     assert mutual_information(torch.tensor([[2, 4], [3, 6]])) == pytest.approx(0, abs=1e-9)

@@ -169,6 +169,16 @@ def test_many_layers_stay_a_small_page() -> None:
     assert pairs.count("original order</text>") == pairs.count("by expert</text>") == PANELS // 2
 
 
+def test_overlap_by_chance_is_beside_overlap(inspection: Inspection, page: str) -> None:
+    part = page[page.index("<h2>Layers against") : page.index("<h2>Neurons before")]
+    assert part.count("<svg") == 2
+    assert "By chance alone it is not 0" in part
+    before = dataclasses.replace(inspection, overlap_by_chance=())
+    html = render_page(before, command=COMMAND)
+    assert "raise it by chance" in html
+    assert "second map" not in html
+
+
 def test_nothing_seen_is_said(inspection: Inspection) -> None:
     empty = Inspection(title="nothing", layers=())
     assert "No layer with experts was seen." in render_page(empty, command=COMMAND)

@@ -39,6 +39,7 @@ WHOLE = Inspection(
     title="a model <of> mine",
     layers=(LAYER, replace(LAYER, name="encoder.layer.1", coselection=None, quality=None)),
     overlap=((1.0, 0.5), (0.5, None)),
+    overlap_by_chance=((0.25, 0.125), (0.125, None)),
     domains=("films", "books"),
     classes=("good", "bad"),
     selection=Selection(steps=(10, 20), shares={"encoder.layer.0": ((0.5, 0.5), (1.0, 0.0))}),
@@ -64,6 +65,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_record_from_before_chance_was_counted_is_read() -> None:
+    data = WHOLE.to_dict()
+    del data["overlap_by_chance"]
+    assert Inspection.from_dict(data) == replace(WHOLE, overlap_by_chance=())
+
+
 def test_numbers_are_short() -> None:
     data = replace(WHOLE, layers=(replace(LAYER, padding=1 / 3),)).to_dict()
     assert data["layers"][0]["padding"] == 0.33333
@@ -80,6 +87,7 @@ def test_minimal_record() -> None:
         ({"version": 2}, "version is 2"),
         ({"layers": 3}, "not iterable"),
         ({"overlap": [[1.0]]}, "1 columns of overlap where 2"),
+        ({"overlap_by_chance": [[1.0]]}, "1 columns of overlap where 2"),
         ({"surprise": 1}, "surprise"),
         ({"tokens": [{"pieces": ["a"], "experts": {"x": []}, "weights": {}}]}, "0 tokens of x"),
         ({"selection": {"steps": [1], "shares": {"x": [[1], [1]]}, "padding": False}}, "2 rows"),

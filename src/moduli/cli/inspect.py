@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     from moduli.data import load_task
     from moduli.errors import ConfigError
     from moduli.inspect.inspecting import inspect_model
-    from moduli.inspect.tables import LEGEND, domain_rows, tokens_seen
+    from moduli.inspect.tables import LEGEND, domain_rows, overlap_rows, tokens_seen
     from moduli.inspect.watching import expert_layers
     from moduli.inspect.wording import headline
     from moduli.study import tuned
@@ -98,6 +98,12 @@ def main(argv: Sequence[str]) -> int:
         output.text(
             "\nIn every domain, used more than elsewhere:",
             _table(table, domain_rows(inspection), 2),
+        )
+    if len(alike := overlap_rows(inspection)) > 1:
+        output.text(
+            "\nDo two layers sort tokens alike? (mutual information of first choices: 0 no, 1 just "
+            "so)",
+            _table(table, alike, 2),
         )
     for trace in inspection.tokens:
         output.text("", *_coloured(trace))

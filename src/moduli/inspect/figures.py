@@ -164,24 +164,34 @@ def _windows(held: Selection, layer: str) -> dict[int, list[float]]:
 
 
 def overlap(inspection: Inspection) -> list[HeatMap]:
-    """How much the choices of two layers tell about each other; none for a single layer."""
+    """How much the choices of two layers tell about each other, and would by chance, on one scale.
+
+    None for a single layer.
+    """
     if len(inspection.overlap) < 2:
         return []
     names = tuple(name for name, _ in _named(inspection))
-    cells = [
-        [None if i == j else value for j, value in enumerate(row)]
-        for i, row in enumerate(inspection.overlap)
-    ]
+    panels: dict[str, list[list[Cell]]] = {
+        title: [[None if i == j else v for j, v in enumerate(row)] for i, row in enumerate(rows)]
+        for title, rows in (
+            ("first choices, layer by layer", inspection.overlap),
+            ("the same by chance alone", inspection.overlap_by_chance),
+        )
+        if rows
+    }
+    shown = [value or 0.0 for cells in panels.values() for row in cells for value in row]
     return [
         HeatMap(
-            title="first choices, layer by layer",
+            title=title,
             values=cells,
             x="layer",
             y="layer",
             unit="mutual information",
             rows=names,
             columns=names,
+            top=max(shown),
         )
+        for title, cells in panels.items()
     ]
 
 

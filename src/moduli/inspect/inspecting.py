@@ -104,6 +104,7 @@ def inspect_model(
         title=title or type(model).__name__,
         layers=found,
         overlap=measure.overlap(),
+        overlap_by_chance=measure.overlap_by_chance(),
         domains=tuple(domains),
         classes=tuple(classes),
         tokens=tuple(traces),

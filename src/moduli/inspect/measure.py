@@ -8,6 +8,7 @@ something: not where a capacity dropped it or the router left it out.
     entropy     = mean over tokens of H(softmax(scores)) / log E
     pairs[e, f] = share of tokens that chose both e and f
     overlap     = 2 I(X; Y) / (H(X) + H(Y)) of the first choices X, Y of two layers
+    by chance   = its mean over tables of choices that have the same loads and no other tie
 
 Letters: B batch, S sequence, T tokens, E experts, K experts per token, C classes.
 """
@@ -15,7 +16,7 @@ Letters: B batch, S sequence, T tokens, E experts, K experts per token, C classe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +30,9 @@ from moduli.surgery.routed import RoutedLayer
 
 DEAD = 0.01
 """Of an equal share of the load: experts below it are called dead."""
+CHANCES = 20
+"""Tables that are drawn to know what chance makes of an overlap. Of E = 4 experts their mean has
+a standard error of a tenth, of more experts a smaller one."""
 
 
 class Tally:
@@ -129,14 +133,20 @@ class Measure:
 
     def overlap(self) -> tuple[tuple[float | None, ...], ...]:
         """[L, L] normalised mutual information of first choices; see `Inspection.overlap`."""
+        return self._of_pairs(mutual_information)
+
+    def overlap_by_chance(self) -> tuple[tuple[float | None, ...], ...]:
+        """[L, L] what would be there if layers chose independently of each other."""
+        return self._of_pairs(information_by_chance)
+
+    def _of_pairs(
+        self, measured: Callable[[Int[Tensor, "E G"]], float]
+    ) -> tuple[tuple[float | None, ...], ...]:
         place = {layer.name: i for i, layer in enumerate(self.layers)}
         used = [place[layer.name] for layer in self._used()]
 
-        def of(i: int, j: int) -> float | None:
-            counts = self.joint.get((max(i, j), min(i, j)))
-            return None if counts is None or not counts.any() else mutual_information(counts)
-
-        return tuple(tuple(of(i, j) for j in used) for i in used)
+        found = {pair: measured(counts) for pair, counts in self.joint.items() if counts.any()}
+        return tuple(tuple(found.get((max(i, j), min(i, j))) for j in used) for i in used)
 
     def _used(self) -> list[ExpertLayer]:
         return [layer for layer in self.layers if self.tallies[layer.name].tokens]
@@ -214,6 +224,20 @@ def mutual_information(counts: Int[Tensor, "E G"]) -> float:
     if x + y <= 0:
         return 1.0
     return min(1.0, max(0.0, 2 * (x + y - _entropy(joint)) / (x + y)))
+
+
+def information_by_chance(counts: Int[Tensor, "E G"]) -> float:
+    """What `mutual_information` would be on average, had two choices nothing to do with each other.
+
+    It is above 0, the more so the more experts and the fewer tokens. Tables with the same sums of
+    rows and columns are drawn as if one choice had been shuffled over the tokens, which is the
+    model of chance of Vinh, Epps and Bailey (Information theoretic measures for clusterings
+    comparison, JMLR 2010).
+    """
+    from scipy.stats import random_table
+
+    drawn = random_table(counts.sum(1).numpy(), counts.sum(0).numpy()).rvs(CHANCES, random_state=0)
+    return sum(mutual_information(torch.from_numpy(table)) for table in drawn) / CHANCES
 
 
 def _entropy(p: Tensor) -> float:

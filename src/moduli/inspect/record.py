@@ -183,8 +183,10 @@ class Inspection:
         layers: one record per routed layer, in the order of the model.
         overlap: [L, L] normalised mutual information of the first choices of two layers over the
             same tokens, 0 independent, 1 the same up to names; None where layers of two stacks see
-            different tokens. Of E experts and T tokens chance alone makes about
-            (E - 1)^2 / (2 T log E) of it.
+            different tokens.
+        overlap_by_chance: [L, L] how much of it two layers with these first choices would have if
+            neither knew of the other; it grows with the experts and falls with the tokens. Empty
+            in records that were made before it was counted.
         domains: names, in the order of the data.
         classes: names of the labels, in the order of their integers; empty if there are none.
         selection: over training, if it was recorded.
@@ -195,6 +197,7 @@ class Inspection:
     title: str
     layers: tuple[LayerInspection, ...]
     overlap: tuple[tuple[float | None, ...], ...] = ()
+    overlap_by_chance: tuple[tuple[float | None, ...], ...] = ()
     domains: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     selection: Selection | None = None
@@ -230,8 +233,9 @@ class Inspection:
         if (version := rest.pop("version")) != VERSION:
             raise ValueError(f"its version is {version}")
         layers = tuple(map(LayerInspection.from_dict, data["layers"]))
-        overlap = tuple(tuple(row) for row in data["overlap"])
-        for row in overlap:
+        overlap = tuple(map(tuple, data["overlap"]))
+        by_chance = tuple(map(tuple, data.get("overlap_by_chance", ())))
+        for row in (*overlap, *by_chance):
             _same(len(row), len(layers), "columns of overlap")
         selection = data["selection"]
         return cls(
@@ -239,6 +243,7 @@ class Inspection:
                 **rest,
                 "layers": layers,
                 "overlap": overlap,
+                "overlap_by_chance": by_chance,
                 "domains": tuple(data["domains"]),
                 "classes": tuple(data["classes"]),
                 "selection": None if selection is None else Selection.from_dict(selection),

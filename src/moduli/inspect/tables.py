@@ -54,6 +54,22 @@ def domain_rows(inspection: Inspection) -> Rows:
     return (("domain", "layer", "expert", "its share here", "in all data"), *rows)
 
 
+def overlap_rows(inspection: Inspection) -> Rows:
+    """For every layer the one whose first choices agree with its own most above chance."""
+    names, rows = _names(inspection), []
+    pairs = zip(inspection.overlap, inspection.overlap_by_chance, strict=False)
+    for i, (overlap, by_chance) in enumerate(pairs):
+        found = [
+            (value - chance, names[j], value, chance)
+            for j, (value, chance) in enumerate(zip(overlap, by_chance, strict=True))
+            if i != j and value is not None and chance is not None
+        ]
+        if found:
+            _, other, value, chance = max(found)
+            rows.append((names[i], other, f"{value:.3f}", f"{chance:.3f}"))
+    return (("layer", "most like", "overlap", "by chance"), *rows)
+
+
 def tokens_seen(inspection: Inspection) -> str:
     """How many tokens the numbers are about, and how many positions were padding."""
 
