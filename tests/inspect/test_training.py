@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def test_counts_are_of_real_tokens_in_training(tmp_path: Path) -> None:
         for windows in callback.windows.values():
             assert torch.tensor(windows).sum() == 2 * seen  # one epoch, two experts per token
     assert every.result().padding
+
+
+@pytest.mark.parametrize(
+    ("most", "steps"), [(1, (6,)), (4, (2, 4, 6)), (5, (2, 4, 6)), (9, range(1, 7))]
+)
+def test_windows_are_no_more_than_asked_for(
+    tmp_path: Path, most: int, steps: Sequence[int]
+) -> None:
+    callback = SelectionOverTraining(at_most=most)
+    train(tmp_path, callback)
+    assert callback.result().steps == tuple(steps)
 
 
 def test_what_a_capacity_drops_is_counted_when_asked(tmp_path: Path) -> None:
@@ -160,6 +172,8 @@ def test_stock_models_are_recorded_too(tmp_path: Path) -> None:
 def test_bad_use(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="every is 0"):
         SelectionOverTraining(every=0)
+    with pytest.raises(ConfigError, match="at_most is 0"):
+        SelectionOverTraining(at_most=0)
     with pytest.raises(ModelError, match="no window"):
         SelectionOverTraining().result()
     with pytest.raises(ModelError, match="no experts to look at"):

@@ -15,13 +15,14 @@ from moduli.data import load_task
 from moduli.data.kinds import KINDS
 from moduli.data.task import DataOptions, Task
 from moduli.errors import CheckpointError
+from moduli.inspect.record import Inspection
 from moduli.methods.dense import Dense
 from moduli.study.compare import best_by_validation, compare
 from moduli.study.handback import hand_back
 from moduli.study.plan import Plan, TaskSpec, arm
-from moduli.study.records import RunRecord, read_record
+from moduli.study.records import INSPECTION, RunRecord, read_record
 from moduli.study.report import render_report, summary_dict
-from moduli.study.run import execute
+from moduli.study.run import execute, training_rows
 from moduli.study.tuned import (
     describe_rows,
     evaluate_task,
@@ -29,6 +30,7 @@ from moduli.study.tuned import (
     model_kind,
     read_inputs,
 )
+from moduli.study.watching import WINDOWS
 from moduli.training.kinds.base import get_kind
 from moduli.training.settings import FinetuneSettings
 from tests.training import tinykinds
@@ -75,6 +77,18 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     spec = plan.runs([task])[1].spec
     record = execute(spec, task, root / "run", keep_model=True)
     return Run(task, record, root / "run", data)
+
+
+def test_selection_is_counted_in_few_windows_however_long_training_is(tmp_path: Path) -> None:
+    """A language model's rows are cut into pieces: there are more steps than the rows say."""
+    plan, task, _ = plan_of("language-modeling", tmp_path)
+    settings = dataclasses.replace(SETTINGS, max_steps=None, epochs=1, batch_size=1, max_length=3)
+    spec = dataclasses.replace(plan, settings=settings).runs([task])[1].spec
+    record = execute(spec, task, tmp_path / "run")
+    selection = Inspection.read(tmp_path / "run" / INSPECTION).selection
+    assert selection is not None
+    assert record.steps == selection.steps[-1] > len(training_rows(spec, task))
+    assert WINDOWS / 2 < len(selection.steps) <= WINDOWS
 
 
 def test_the_record_has_every_number_of_the_kind(run: Run) -> None:

@@ -19,6 +19,7 @@ Letters: T tokens, E experts, W windows.
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,15 +42,27 @@ class SelectionOverTraining(TrainerCallback, ExportableState):
         every: optimiser steps in a window.
         padding: count what padding chose, too.
         dropped: count choices that a capacity dropped, too.
+        at_most: windows of equal length, so many or fewer, for which `every` is chosen when
+            training begins: only then is it known how many steps there will be.
 
     Raises:
-        ConfigError: `every` is below 1.
+        ConfigError: `every` or `at_most` is below 1.
     """
 
-    def __init__(self, every: int = 100, padding: bool = False, dropped: bool = False) -> None:
+    def __init__(
+        self,
+        every: int = 100,
+        padding: bool = False,
+        dropped: bool = False,
+        *,
+        at_most: int | None = None,
+    ) -> None:
         if every < 1:
             raise ConfigError(f"every is {every}; a window has at least 1 step")
+        if at_most is not None and at_most < 1:
+            raise ConfigError(f"at_most is {at_most}; there is at least 1 window")
         self.every = every
+        self.at_most = at_most
         self.padding = padding
         self.dropped = dropped
         self.steps: list[int] = []
@@ -65,6 +78,8 @@ class SelectionOverTraining(TrainerCallback, ExportableState):
             CheckpointError: the checkpoint was counted with other settings.
         """
         self.close()
+        if self.at_most is not None:
+            self.every = math.ceil(state.max_steps / self.at_most)
         model = kwargs["model"]
         name = type(self).__name__
         stored = state.stateful_callbacks.get(name) if state.global_step else None

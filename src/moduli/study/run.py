@@ -31,7 +31,7 @@ from moduli.study.records import (
 from moduli.study.sample import rows_to_show, sample_batches
 from moduli.study.spec import RunSpec, plain
 from moduli.study.testing import test
-from moduli.study.watching import Clocks, watch_selection, write_inspection
+from moduli.study.watching import WINDOWS, Clocks, write_inspection
 from moduli.training.kinds.base import get_kind
 
 Stage = Literal[
@@ -189,6 +189,7 @@ def _work(
 ) -> RunRecord:
     import moduli
     from moduli.experts.kernels import watch_kernels
+    from moduli.inspect.training import SelectionOverTraining
     from moduli.study.cost import PeakMemory, measure_cost
     from moduli.training.finetune import finetune
     from moduli.training.trainable import finish, prepare
@@ -215,7 +216,7 @@ def _work(
     tuning = prepare(model, spec.settings)
     cost = measure_cost(tuning, conversion, shown)
     with clocks("train"), watch_kernels() as in_training, PeakMemory() as memory:
-        selection = watch_selection(spec.settings, len(train)) if method.modular else None
+        selection = SelectionOverTraining(at_most=WINDOWS) if method.modular else None
         result = finetune(
             tuning,
             processor,

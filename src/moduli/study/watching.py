@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from moduli.data.task import Task
 from moduli.study.spec import RunSpec
-from moduli.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from moduli.inspect.training import SelectionOverTraining
 
 WINDOWS = 20
-"""Of training, in each of which selections are counted."""
+"""Of training at most, in each of which selections are counted."""
 INSPECTED_ROWS = 64
 """Test rows of every domain on which the experts of a tuned model are looked at."""
 PATTERN_TOKENS = 40
 """Tokens whose neurons are counted by block: enough for a figure, in a record of every run."""
-
-
-def watch_selection(settings: FinetuneSettings, rows: int) -> SelectionOverTraining:
-    """A callback that counts which experts are chosen, in about `WINDOWS` windows of training."""
-    from moduli.inspect.training import SelectionOverTraining
-
-    per_epoch = math.ceil(rows / (settings.batch_size * settings.gradient_accumulation_steps))
-    steps = settings.max_steps or settings.epochs * per_epoch
-    return SelectionOverTraining(every=math.ceil(steps / WINDOWS))
 
 
 def write_inspection(
