@@ -350,10 +350,32 @@ SOUNDS: dict[str, Callable[[], Any]] = {
 PAIRS: dict[str, Callable[[], Any]] = {"clip": _clip, "siglip": _siglip}
 OTHERS: dict[str, Callable[[], Any]] = {"whisper": _whisper, "ast": _ast, **SOUNDS, **PAIRS}
 FAMILIES = {**TEXT_ENCODERS, **DECODERS, **SEQ2SEQ, **IMAGES, **OTHERS}
+# MoE models of transformers, which have 4 experts here: configuration, class, how that is said.
+MOE: dict[str, tuple[Any, Any, dict[str, int]]] = {
+    "mixtral": (tr.MixtralConfig, tr.MixtralForCausalLM, {"num_local_experts": 4}),
+    "olmoe": (tr.OlmoeConfig, tr.OlmoeForCausalLM, {"num_experts": 4}),
+    "qwen2_moe": (
+        tr.Qwen2MoeConfig,
+        tr.Qwen2MoeForCausalLM,
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 12,
+            "decoder_sparse_step": 1,
+        },
+    ),
+}
+
+
+def _moe(family: str, vocab: int = VOCAB) -> Callable[[], Any]:
+    config, model, experts = MOE[family]
+    return _decoder(config, model, vocab_size=vocab, num_experts_per_tok=2, **experts)
+
+
 # Families without an FFN that can be converted.
 REFUSED: dict[str, Callable[[], Any]] = {
-    "mixtral": _decoder(tr.MixtralConfig, tr.MixtralForCausalLM, num_local_experts=4),
-    "olmoe": _decoder(tr.OlmoeConfig, tr.OlmoeForCausalLM, num_experts=4),
+    "mixtral": _moe("mixtral"),
+    "olmoe": _moe("olmoe"),
     "gpt-oss": _decoder(tr.GptOssConfig, tr.GptOssForCausalLM, num_local_experts=4, head_dim=8),
     "mpt": lambda: tr.MptForCausalLM(
         tr.MptConfig(vocab_size=VOCAB, d_model=WIDTH, n_heads=2, n_layers=LAYERS, expansion_ratio=2)
@@ -370,6 +392,11 @@ GENERATIVE = [*DECODERS, *SEQ2SEQ, "whisper"]
 def build(family: str, seed: int = 0, scale: float = 8.0) -> Any:
     """As `tests.tiny.build`, for every family."""
     return tiny.initialise({**FAMILIES, **REFUSED}[family], seed, scale)
+
+
+def moe(family: str, vocab: int = VOCAB) -> Any:
+    """A tiny MoE model of transformers with 4 experts, 2 per token."""
+    return tiny.initialise(_moe(family, vocab))
 
 
 def inputs(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:

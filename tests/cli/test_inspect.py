@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import moduli
 from moduli.cli import main
 from moduli.inspect.record import Inspection
-from tests.inspect import models
+from tests import families
 
 Run = Callable[..., Any]
 
@@ -68,7 +68,7 @@ def test_json_is_the_record(split_model: str, task_options: list[str], run_json:
 
 def test_stock_models(minilm_path: Path, data: str, tmp_path: Path, run_json: Run) -> None:
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    models.stock("olmoe", len(tokenizer)).save_pretrained(tmp_path)
+    families.moe("olmoe", len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     command = ["inspect", "--json", "--model", str(tmp_path), "--data", data, "--max-rows", "4"]
     as_texts = run_json(*command, "--text", "good")["inspection"]

@@ -17,7 +17,7 @@ from moduli.inspect.activations import evenly
 from moduli.inspect.inspecting import inspect_model
 from moduli.inspect.record import Inspection
 from moduli.surgery.modular import routed_layers
-from tests.inspect import models
+from tests import families
 from tests.study.conftest import make_task
 
 EXPERTS = 16
@@ -183,10 +183,10 @@ def test_bad_input(encoder: tuple[Any, Any], minilm_path: Path) -> None:
     assert inspect_model(bare, tokenizer, [{"text": "good"}], kind="classification").layers
 
 
-@pytest.mark.parametrize("name", models.STOCK)
+@pytest.mark.parametrize("name", families.MOE)
 def test_stock_load_is_that_of_the_router_logits(name: str, minilm_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    model = models.stock(name, len(tokenizer))
+    model = families.moe(name, len(tokenizer))
     rows = [{"text": "a very long and winding story"}, {"text": "short"}]
     found = inspect_model(model, tokenizer, rows)
     expected = [torch.zeros(4), torch.zeros(4)]

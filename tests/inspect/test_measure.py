@@ -13,6 +13,7 @@ from moduli.inspect.measure import Measure, labels_of_tokens, mutual_information
 from moduli.inspect.watching import ExpertLayer, Seen
 from moduli.routing import Routing
 from moduli.surgery.modular import routed_layers
+from tests import families
 from tests.inspect import models
 
 LAYER = ExpertLayer("a", nn.Identity(), 4, "")
@@ -174,11 +175,11 @@ def test_similarity_in_chunks_is_the_cosine(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(similarity([a, b, zero]).float(), expected)
 
 
-@pytest.mark.parametrize("name", models.STOCK)
+@pytest.mark.parametrize("name", families.MOE)
 def test_stock_experts_with_equal_tensors_are_found(name: str) -> None:
     from moduli.inspect.watching import expert_layers
 
-    layer = expert_layers(models.stock(name))[1].module
+    layer = expert_layers(families.moe(name))[1].module
     assert duplicate_experts(layer) == ()
     with torch.no_grad():
         for parameter in layer.parameters(recurse=False):

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from moduli.errors import CheckpointError, ConfigError, ModelError
 from moduli.inspect.record import Selection
 from moduli.inspect.training import SelectionOverTraining
-from tests import tiny
+from tests import families, tiny
 from tests.inspect import models
 
 ROWS = 24
@@ -153,7 +153,7 @@ def test_other_settings_are_refused_on_resume(tmp_path: Path) -> None:
 
 
 def test_stock_models_are_recorded_too(tmp_path: Path) -> None:
-    model: Any = models.stock("mixtral")
+    model: Any = families.moe("mixtral")
     callback = SelectionOverTraining(every=1)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),

@@ -12,7 +12,7 @@ import moduli
 from moduli.errors import ModelError
 from moduli.inspect.watching import as_logits, expert_layers, strongest_first, watch
 from moduli.routing import Routing
-from tests import tiny
+from tests import families, tiny
 from tests.inspect import models
 
 MODELS = {
@@ -20,7 +20,7 @@ MODELS = {
     "vit": (lambda: models.split("vit"), "vit"),
     "llama": (lambda: models.split("llama"), "llama"),
     "owned": (models.owned, "bert"),
-    **{name: (lambda name=name: models.stock(name), "llama") for name in models.STOCK},
+    **{name: (lambda name=name: families.moe(name), "llama") for name in families.MOE},
 }
 
 
@@ -69,9 +69,9 @@ def test_no_hook_stays_after_an_error(name: str) -> None:
     assert len(seen) == tiny.LAYERS
 
 
-@pytest.mark.parametrize("name", models.STOCK)
+@pytest.mark.parametrize("name", families.MOE)
 def test_stock_routing_is_the_model_s_own(name: str) -> None:
-    model, batch = models.stock(name), models.inputs("llama")
+    model, batch = families.moe(name), models.inputs("llama")
     with torch.no_grad(), watch(model) as seen:
         logits = model(**batch, output_router_logits=True).router_logits
     for one, expected in zip(seen, logits, strict=True):
@@ -106,7 +106,7 @@ def test_a_dense_model_is_refused() -> None:
 
 
 def test_new_tokens_of_a_decoder_are_the_last_of_its_mask() -> None:
-    model: Any = models.stock("mixtral")
+    model: Any = families.moe("mixtral")
     batch = {name: tensor.flip(1) for name, tensor in models.inputs("llama").items()}
     with torch.no_grad(), watch(model) as seen:
         model.generate(**batch, max_new_tokens=3, do_sample=False)
@@ -137,7 +137,7 @@ def test_idle_slots_come_last() -> None:
 def test_adapters_change_nothing_in_what_is_seen(name: str, target: str) -> None:
     import peft
 
-    model = models.split("llama") if name == "split" else models.stock(name)
+    model = models.split("llama") if name == "split" else families.moe(name)
     batch = models.inputs("llama")
     with torch.no_grad(), watch(model) as plain:
         model(**batch)
