@@ -41,6 +41,7 @@ def made_study(
     validated: bool = True,
     cost: bool = True,
     data: Mapping[str, Any] | None = None,
+    tasks: Sequence[str] = ("made",),
 ) -> Study:
     """A finished study.
 
@@ -54,11 +55,12 @@ def made_study(
         score: accuracy of a run on a domain; None: arms a little apart, with noise.
         validated: whether domains have a validation split.
         cost: whether runs were measured.
-        data: options of the task.
+        data: options of the tasks.
+        tasks: their names; all have the same domains.
     """
     plan = Plan(
         model="made-model",
-        tasks=(TaskSpec("made", dict(data or {})),),
+        tasks=tuple(TaskSpec(name, dict(data or {})) for name in tasks),
         sources=tuple(sources),
         arms=tuple(arms if arms is not None else two_arms()),
         seeds=tuple(seeds),
@@ -67,10 +69,14 @@ def made_study(
         fractions=tuple(fractions),
     )
     runs = [
-        Planned(_spec(plan, number, group, fraction, rate, seed), number, Unit(0, group, fraction))
+        Planned(_spec(plan, number, unit, rate, seed), number, unit)
         for seed in plan.seeds
-        for fraction in plan.fractions
-        for group in sources
+        for unit in (
+            Unit(task, group, fraction)
+            for fraction in plan.fractions
+            for task in range(len(plan.tasks))
+            for group in sources
+        )
         for number, one in enumerate(plan.arms)
         for rate in plan.rates(one)
     ]
@@ -79,18 +85,16 @@ def made_study(
     return Study(plan, tuple(runs), records, ())
 
 
-def _spec(
-    plan: Plan, number: int, group: tuple[str, ...], fraction: float, rate: float, seed: int
-) -> RunSpec:
+def _spec(plan: Plan, number: int, unit: Unit, rate: float, seed: int) -> RunSpec:
     one = plan.arms[number]
     return RunSpec(
         model=plan.model,
         model_hash="0" * 64,
-        task=plan.tasks[0].name,
-        data=dict(plan.tasks[0].data),
+        task=plan.tasks[unit.task].name,
+        data=dict(plan.tasks[unit.task].data),
         data_hash="1" * 64,
-        train_domains=group,
-        fraction=fraction,
+        train_domains=unit.sources,
+        fraction=unit.fraction,
         method=one.method,
         settings=plan._settings(one, rate),
         seed=seed,

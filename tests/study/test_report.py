@@ -250,6 +250,20 @@ def test_several_sources_have_tables_of_their_own_and_ranks() -> None:
     assert sum(shown) == pytest.approx(6, abs=0.02)  # ranks 1 + 2 + 3
 
 
+def test_domains_of_one_name_are_told_apart_by_their_tasks_everywhere() -> None:
+    study = made_study(tasks=("old", "new"))
+    titles = ["old: film", "old: food", "new: film", "new: food"]
+    html = render(study)
+    rows = [re.findall(rf'<th scope="row">{title}</th>', html) for title in titles]
+    assert all(rows)
+    assert '<th scope="row">film</th>' not in html
+    cells = summary_dict(study)["tables"][0]["rows"][0]["cells"]
+    assert [cell["column"] for cell in cells][2:] == titles
+    for cell in cells[2:]:  # each from the runs of its own task only
+        tasks = {study.records[key].spec.task for key in cell["runs"]}
+        assert tasks == {cell["column"].split(":")[0]}
+
+
 def test_the_summary_for_machines_has_the_same_numbers() -> None:
     study = made_study(also_tested(two_arms(), pruned=True, cross=True), rates=(1e-5, 3e-5))
     summary = summary_dict(study)

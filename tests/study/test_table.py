@@ -41,6 +41,29 @@ def test_a_cell_is_the_mean_over_sources_of_means_over_domains() -> None:
     assert second.difference.mean == pytest.approx(second.summary.mean - first.summary.mean)
 
 
+def test_domains_of_one_name_in_two_tasks_are_two_places() -> None:
+    def score(run: Planned, domain: str) -> float:
+        return 0.9 if run.spec.task == "new" else 0.5
+
+    table = tabulate(made_study(tasks=("old", "new"), score=score))
+    titles = [column.title for column in table.columns]
+    assert titles[:2] == ["in-domain", "out-of-domain mean"]
+    assert titles[2:] == ["old: film", "old: food", "new: film", "new: food"]
+    for row in (row for row in table.rows if row.edit is None):
+        means = [cell.summary.mean for cell in row.cells]
+        assert means == pytest.approx([0.7, 0.7, 0.5, 0.5, 0.9, 0.9])
+
+
+def test_domains_are_called_by_their_names_where_these_are_enough() -> None:
+    """Also a domain of one task that several sources are tested on."""
+    study = made_study(sources=(("shop",), ("film",)))
+    titles = [column.title for column in tabulate(study).columns]
+    assert titles == ["in-domain", "out-of-domain mean", "film", "food", "shop"]
+    (unit, *_) = study.units
+    alone = tabulate(made_study(tasks=("old", "new")), units=[unit])
+    assert [column.title for column in alone.columns][2:] == ["film", "food"]
+
+
 def test_of_several_rates_only_the_chosen_one_counts() -> None:
     def score(run: Planned, domain: str) -> float:
         return 0.9 if run.spec.settings.learning_rate == 2e-4 else 0.7

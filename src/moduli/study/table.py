@@ -8,7 +8,7 @@ in turn has a value of every column for every group.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -164,7 +164,11 @@ def check_rule(study: Study, tasks: Sequence[Task], rule: str) -> None:
 
 
 def columns_of(study: Study, units: Sequence[Unit], split: Split = "test") -> list[Column]:
-    """In-domain first, then the mean of the others, then each of them."""
+    """In-domain first, then the mean of the others, then each of them.
+
+    Domains of several tasks that have one name are different places all the same: each has a
+    column, called by its task as well.
+    """
     tested: dict[Unit, list[str]] = {}
     for run in study.runs:
         record = study.records.get(run.spec.key)
@@ -174,17 +178,22 @@ def columns_of(study: Study, units: Sequence[Unit], split: Split = "test") -> li
     others = {u: tuple(d for d in names if d not in u.sources) for u, names in tested.items()}
     columns = []
     if all(own.values()):
-        groups = set(own.values())
-        title = " + ".join(groups.pop()) if len(groups) == 1 else "in-domain"
+        groups = {(unit.task, names) for unit, names in own.items()}
+        title = " + ".join(groups.pop()[1]) if len(groups) == 1 else "in-domain"
         columns.append(Column(title, "in-domain", own))
     others = {unit: names for unit, names in others.items() if names}
     if others:
         columns.append(Column("out-of-domain mean", "out-of-domain", others))
-        single = list(dict.fromkeys(name for names in others.values() for name in names))
+        single = dict.fromkeys((unit.task, n) for unit, names in others.items() for n in names)
+        tasks = Counter(name for _, name in single)
         if len(single) > 1:
             columns += [
-                Column(n, "one domain", {u: (n,) for u, names in others.items() if n in names})
-                for n in single
+                Column(
+                    f"{study.plan.tasks[task].name}: {name}" if tasks[name] > 1 else name,
+                    "one domain",
+                    {u: (name,) for u, n in others.items() if u.task == task and name in n},
+                )
+                for task, name in single
             ]
     return columns
 
