@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 import moduli
 from moduli import registration
 from moduli.errors import ConfigError, UnknownNameError
+from moduli.on_import import _ThenOnImport
 
 NAMES = ExpertsInterface._global_mapping
 
@@ -63,7 +64,9 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     """Imports a module of the given source that stands where transformers' registry does."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registration, "REGISTRY", "a_registry")
-    monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
+    others = [finder for finder in sys.meta_path if not isinstance(finder, _ThenOnImport)]
+    monkeypatch.setattr(sys, "meta_path", others)
+    registration.install()
 
     def imported(source: str) -> ModuleType:
         (tmp_path / "a_registry.py").write_text(source)
@@ -82,7 +85,9 @@ class ExpertsInterface:
 
 
 def test_the_import_leaves_no_trace_but_the_name(registry: Callable[[str], ModuleType]) -> None:
-    sys.meta_path.insert(0, registration._RegisterOnImport())  # as a second copy of moduli would
+    second = _ThenOnImport()  # as of a second copy of moduli
+    second.waiting["a_registry"] = [registration._register]
+    sys.meta_path.insert(0, second)
     for _ in range(2):  # also when the module is imported anew
         module = registry(SOURCE)
         assert list(module.names) == ["moduli"]

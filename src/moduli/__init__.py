@@ -7,7 +7,8 @@
     model.save_pretrained(directory)     # an ordinary checkpoint
 
 Everything is imported when it is first used; methods are found by name in `moduli.methods`. The one
-thing that importing does is to offer "moduli" in transformers' experts interface (`registration`).
+thing that importing does is to offer "moduli" in transformers' experts interface (`registration`)
+and our own architectures in its Auto classes (`models.registration`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moduli.errors import ModuliError
-from moduli.registration import install as _install
+from moduli.models.registration import install as _install_models
+from moduli.registration import install as _install_experts
 from moduli.version import __version__
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ __all__ = [
     "watch",
 ]
 
-_install()
+_install_experts()
+_install_models()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,14 +10,12 @@ soon as it is; neither imports transformers or torch, and kernels are imported a
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moduli.errors import ConfigError, UnknownNameError, nearest
+from moduli.on_import import on_import
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,11 +64,7 @@ def kernel_of(implementation: str | None) -> str | None:
 
 def install() -> None:
     """Register "moduli" now or when transformers is imported."""
-    registry = sys.modules.get(REGISTRY)
-    if registry is not None:
-        _register(registry)
-    if not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterOnImport())
+    on_import(REGISTRY, _register)
 
 
 def _name_of(kernel: str) -> str:
@@ -92,40 +86,3 @@ def _register(registry: ModuleType, kernel: str = "auto") -> bool:
 
     interface.register(_name_of(kernel), forward)
     return True
-
-
-class _RegisterOnImport(MetaPathFinder):
-    """Leaves finding to the other finders, and runs `_register` after the registry's module."""
-
-    def find_spec(
-        self, fullname: str, path: Any, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != REGISTRY:
-            return None
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            find = getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = find and find(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _ThenRegister(spec.loader)
-                return spec
-        return None
-
-
-class _ThenRegister(Loader):
-    """The given loader, which is put back in its place before the module runs."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _register(module)

@@ -1,0 +1,1 @@
+"""Whole architectures that are not surgery on another model, and the attention they need."""

@@ -1,0 +1,76 @@
+"""The auxiliary losses and the load of a pass, from what its routers said.
+
+Letters: T tokens, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moduli.losses.mutual_information import (
+    concentration_loss,
+    mutual_information_loss,
+    router_statistics,
+    switch_z_loss,
+)
+from moduli.models.moduleformer.configuration import ModuleFormerConfig
+from moduli.models.moduleformer.inputs import real_tokens
+
+
+def auxiliary_loss(
+    config: ModuleFormerConfig,
+    found: Any,
+    attention_mask: Tensor | None,
+    *,
+    balance: bool = True,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The sum of the routers' balance losses, and what a configuration adds to the loss.
+
+    The second is that sum by `aux_loss_weight` (without it if not `balance`), and the routers'
+    concentration losses by `concentration_weight`.
+
+    Args:
+        config: of the model.
+        found: output of the decoder with what its routers said.
+        attention_mask: [B, S], whose padding is left out unless `count_padding` is set.
+        balance: whether the balance losses are added.
+    """
+    h = found.last_hidden_state
+    real = None if config.count_padding else real_tokens(attention_mask, h.shape[1])
+    aux = torch.zeros((), device=h.device)
+    gathered = torch.zeros((), device=h.device)
+    for logits, experts in zip(found.router_logits, found.router_experts, strict=True):
+        seen = None if real is None else real.to(logits.device)
+        aux = aux + balance_of(config, logits, experts, seen).to(h.device)
+        if config.concentration_weight:
+            statistics = router_statistics(logits, experts, seen)
+            gathered = gathered + concentration_loss(statistics).to(h.device)
+    total = config.concentration_weight * gathered
+    return aux, total + config.aux_loss_weight * aux if balance else total
+
+
+def balance_of(
+    config: ModuleFormerConfig,
+    logits: Float[Tensor, "T E"],
+    experts: Int[Tensor, "T K"],
+    real: Bool[Tensor, " T"] | None,
+) -> Float[Tensor, ""]:
+    """The balance loss of one router: mutual information if the configuration says "mi", the
+    switch loss with a z-loss if it says anything else, as the reference has it."""
+    statistics = router_statistics(logits, experts, real)
+    if config.aux_loss_type == "mi":
+        return mutual_information_loss(statistics)
+    return switch_z_loss(statistics)
+
+
+def expert_load(
+    experts: Int[Tensor, "T K"], num_experts: int, real: Bool[Tensor, " T"] | None
+) -> Int[Tensor, " E"]:
+    """Tokens of every expert, without padding."""
+    each = torch.ones_like(experts) if real is None else real[:, None].expand_as(experts).long()
+    empty = experts.new_zeros(num_experts)
+    return empty.scatter_add(0, experts.flatten(), each.to(experts.device).flatten())

@@ -1,0 +1,379 @@
+"""ModuleFormer: a decoder whose attention heads and feed-forward experts are chosen per token.
+
+    h <- h + attention experts(ln_1(h));  h <- h + feed-forward experts(ln_2(h))
+
+Real models of transformers: Auto classes, `from_pretrained` and `save_pretrained` in the published
+tensor names, generation, gradient checkpointing. There is no position embedding.
+Letters: B batch, T tokens of a pass, S tokens with those of the cache, D width, V vocabulary, E
+experts.
+Source: ModuleFormer (arXiv 2306.04640), IBM/ModuleFormer `modeling_moduleformer.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from moduli.errors import ConfigError
+from moduli.models.moduleformer.attention import ModuleFormerAttention, Tokens
+from moduli.models.moduleformer.auxiliary import auxiliary_loss, expert_load
+from moduli.models.moduleformer.configuration import ModuleFormerConfig
+from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
+from moduli.models.moduleformer.inputs import last_tokens, tokens_of
+from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers, register_names
+from moduli.models.moduleformer.routers import ModuleFormerRouter
+from moduli.routing import RouteContext, Routing
+
+NORM_EPS = 1e-5  # always: the reference does not read `layer_norm_epsilon`
+
+
+@dataclass
+class ModuleFormerOutput(MoeModelOutputWithPast):
+    """Output of the decoder.
+
+    Two routers per block, attention before feed-forward, in every tuple:
+
+    Attributes:
+        attentions: weights [B, K, H, T, S] of every block.
+        router_logits: [B T, E].
+        router_experts: experts that were chosen [B T, K].
+        router_load: tokens per expert [E], without padding.
+    """
+
+    router_experts: tuple[Tensor, ...] | None = None
+    router_load: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ModuleFormerCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Output of the language model; see `ModuleFormerOutput`.
+
+    Attributes:
+        aux_loss: sum of the auxiliary losses of all routers, without its weight.
+    """
+
+    router_experts: tuple[Tensor, ...] | None = None
+    router_load: tuple[Tensor, ...] | None = None
+
+
+class FeedForward(nn.Module):
+    """Router and feed-forward experts of one block."""
+
+    def __init__(self, config: ModuleFormerConfig, layer: int) -> None:
+        super().__init__()
+        num_experts = config.mlp_experts(layer)
+        self.gate = ModuleFormerRouter(config, num_experts, config.k_mlp)
+        self.experts = ModuleFormerExperts(config, num_experts)
+
+    def forward(self, x: Float[Tensor, "B T D"], tokens: Tokens) -> tuple[Tensor, Routing]:
+        flat = x.flatten(0, 1)
+        routing = self.gate(flat, RouteContext(training=self.training, real=tokens.real))
+        y = self.experts(flat, routing.experts, routing.weights.to(flat.dtype))
+        return y.view_as(x), routing
+
+
+class ModuleFormerBlock(GradientCheckpointingLayer):
+    """One block. Everything later needed comes as one flat tuple, which checkpointing can handle:
+    output, attention weights or None, and logits and experts of both routers."""
+
+    def __init__(self, config: ModuleFormerConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
+        self.attn = ModuleFormerAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
+        self.mlpf = FeedForward(config, layer)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        tokens: Tokens,
+        past_key_values: Cache | None = None,
+        want_weights: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        h = hidden_states
+        y, weights, attending = self.attn(self.ln_1(h), tokens, past_key_values, want_weights)
+        h = h + self.resid_dropout(y)
+        y, computing = self.mlpf(self.ln_2(h), tokens)
+        h = h + self.resid_dropout(y)
+        return h, weights, attending.scores, attending.experts, computing.scores, computing.experts
+
+
+class ModuleFormerPreTrainedModel(PreTrainedModel):
+    """What the models of this family share."""
+
+    config: ModuleFormerConfig
+    config_class = ModuleFormerConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ModuleFormerBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = list(DEAD_BUFFERS)  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": ModuleFormerBlock}  # noqa: RUF012
+    _input_embed_layer = "wte"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (ModuleFormerExperts, ExpertLinear)):
+            for tensor in module.parameters(recurse=False):
+                bound = 1 / tensor.shape[1]
+                init.uniform_(tensor, -bound, bound)
+        elif isinstance(module, ModuleFormerRouter) and hasattr(module, "expert_centroids"):
+            init.normal_(module.expert_centroids)
+            init.zeros_(module.temperature)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Our kernels, unless others are asked for."""
+        found: str = super().get_correct_experts_implementation(requested_experts or "moduli")
+        return found
+
+    def freeze_routers(self, frozen: bool = True) -> None:
+        """Leave all routers as they are in training, or let them learn again."""
+        for module in self.modules():
+            if isinstance(module, ModuleFormerRouter):
+                module.requires_grad_(not frozen)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *args: Any, **kwargs: Any
+    ) -> None:
+        """As of transformers, with the tensors of the published format."""
+        if self.config.legacy_buffers:
+            state = kwargs.pop("state_dict", None)
+            state = dict(self.state_dict() if state is None else state)
+            prefix = "" if isinstance(self, ModuleFormerModel) else f"{self.base_model_prefix}."
+            state |= dead_buffers(self.config, prefix, self.dtype)
+            kwargs["state_dict"] = state
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class ModuleFormerModel(ModuleFormerPreTrainedModel):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, config: ModuleFormerConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(ModuleFormerBlock(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "_ T"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> ModuleFormerOutput:
+        """One pass.
+
+        Args:
+            input_ids: tokens, or `inputs_embeds` instead.
+            attention_mask: 0 for padding, anywhere in the row, over past and present tokens.
+            position_ids: of packed sequences, which start anew at 0: there the model forgets.
+                Without a mask and a cache only; otherwise positions mean nothing here.
+            past_key_values: cache of what came before. Not looked at if `use_cache` is false, as
+                in the reference.
+            inputs_embeds: embeddings to start from.
+            token_type_ids: more tokens, whose embeddings are added.
+            use_cache: extend and return the cache.
+            output_attentions: also return the weights, which takes memory of T x S.
+            output_router_logits: also return what the routers said.
+
+        Raises:
+            ConfigError: neither or both of tokens and embeddings; a mask or a cache of other size.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("give exactly one of input_ids and inputs_embeds")
+        h = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is not None:
+            h = h + self.wte(token_type_ids)
+        past = None
+        if use_cache:
+            past = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+        tokens = tokens_of(h, attention_mask, position_ids, past)
+        h = self.drop(h)
+        wants = self.config.output_attentions if output_attentions is None else output_attentions
+        attentions, logits, experts = [], [], []
+        for block in self.h:
+            h, weights, *seen = block(h, tokens, past_key_values=past, want_weights=bool(wants))
+            attentions.append(weights)
+            logits += seen[::2]
+            experts += seen[1::2]
+        h = self.ln_f(h)
+        told = output_router_logits
+        told = self.config.output_router_logits if told is None else told
+        return ModuleFormerOutput(
+            last_hidden_state=h,
+            past_key_values=past,
+            attentions=tuple(attentions) if wants else None,
+            router_logits=tuple(logits) if told else None,
+            router_experts=tuple(experts) if told else None,
+            router_load=tuple(
+                expert_load(chosen, scores.shape[1], tokens.real)
+                for chosen, scores in zip(experts, logits, strict=True)
+            )
+            if told
+            else None,
+        )
+
+
+class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ModuleFormerConfig) -> None:
+        super().__init__(config)
+        self.transformer = ModuleFormerModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.vocab_size = config.vocab_size
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "_ T"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        token_type_ids: Int[Tensor, "B T"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> ModuleFormerCausalLMOutput:
+        """One pass; see `ModuleFormerModel.forward`.
+
+        Args:
+            labels: the tokens themselves (they are shifted here), -100 where there is no loss.
+                With them the loss includes the auxiliary losses, each by its weight.
+            logits_to_keep: logits of so many last tokens, or of these places; 0: all.
+        """
+        told = output_router_logits
+        told = self.config.output_router_logits if told is None else told
+        weighted = labels is not None and bool(
+            self.config.aux_loss_weight or self.config.concentration_weight
+        )
+        found: ModuleFormerOutput = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            use_cache=use_cache,
+            output_router_logits=told or weighted,
+            **kwargs,
+        )
+        h = found.last_hidden_state
+        assert h is not None
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h[:, keep, :]).float()
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
+        if told or weighted:
+            aux_loss, total = auxiliary_loss(self.config, found, attention_mask)
+            if loss is not None:
+                loss = loss + total.to(loss.device)
+        return ModuleFormerCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=found.past_key_values,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+            router_logits=found.router_logits if told else None,
+            router_experts=found.router_experts if told else None,
+            router_load=found.router_load if told else None,
+        )
+
+
+class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
+    """A label for a text, read off its last token."""
+
+    def __init__(self, config: ModuleFormerConfig) -> None:
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.transformer = ModuleFormerModel(config)
+        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """One pass; see `ModuleFormerModel.forward`.
+
+        Args:
+            labels: [B] classes or numbers, or [B, labels] of zeros and ones. The loss has no
+                auxiliary part, as in the reference, except for a concentration weight.
+
+        Raises:
+            ConfigError: several texts, and nothing says where each ends.
+        """
+        weighted = labels is not None and bool(self.config.concentration_weight)
+        if weighted:
+            kwargs["output_router_logits"] = True
+        found: ModuleFormerOutput = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        each = self.score(found.last_hidden_state)
+        where = last_tokens(each, input_ids, attention_mask, self.config.pad_token_id)
+        logits = each[torch.arange(len(each), device=each.device), where]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=each, labels=labels, pooled_logits=logits, config=self.config
+            )
+            if weighted:
+                loss = loss + auxiliary_loss(self.config, found, attention_mask, balance=False)[
+                    1
+                ].to(loss.device)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=found.past_key_values,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+        )
+
+
+register_names()
