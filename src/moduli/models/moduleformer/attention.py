@@ -103,14 +103,16 @@ class ModuleFormerAttention(nn.Module):
         # The experts of a token are queries of one head's group: they share its keys and values.
         q = q.permute(0, 3, 2, 1, 4).flatten(1, 2)
         k, v = self._keys_and_values(x, past)
-        o = stick_breaking_attention(q, k, v, key_mask=tokens.keys, segments=tokens.segments)
-        assert isinstance(o, Tensor)
         weights = None
-        if want_weights:
+        if want_weights:  # of which the output is made, so that they have gradients
             weights = stick_breaking_weights(q, k, key_mask=tokens.keys, segments=tokens.segments)
             weights = weights.unflatten(1, (self.heads, top_k)).transpose(1, 2)
-        o = o.unflatten(1, (self.heads, top_k)).permute(0, 3, 2, 1, 4)
-        rows = o.reshape(batch * length, top_k, self.heads * self.head_size)
+            o = weights @ v.unsqueeze(1)
+        else:
+            o = stick_breaking_attention(q, k, v, key_mask=tokens.keys, segments=tokens.segments)
+            assert isinstance(o, Tensor)
+            o = o.unflatten(1, (self.heads, top_k)).transpose(1, 2)
+        rows = o.permute(0, 3, 1, 2, 4).reshape(batch * length, top_k, self.heads * self.head_size)
         y = outputs(rows, routing.weights, self.q_proj.output_experts, todo)
         return y.view(batch, length, width), weights, routing
 
