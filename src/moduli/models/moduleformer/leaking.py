@@ -1,0 +1,191 @@
+"""How much probability new experts take from old ones, and what keeps it low.
+
+    leakage    mean over tokens of Z' / (Z + Z'), Z the sum of exp(logit) over old experts, Z' over
+               new ones: on tokens of the old domain, what the old function loses
+    row norm   sum of the squares of the new rows
+    closing    rows -c (1, ..., 1) of an "mlp" gate: behind a GELU the hidden vector h of nearly
+               every token has a positive sum, so that the logits -c sum(h) are low; c is the
+               smallest of a geometric series that leaks little enough
+
+Letters: T tokens, D width, G hidden width of a router, E experts, N new ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moduli.errors import ConfigError, DataError, ModelError
+from moduli.models.moduleformer.grown import GrownRouter
+from moduli.models.moduleformer.inputs import real_tokens
+from moduli.models.moduleformer.sublayers import Sublayer, sublayers
+from moduli.models.moduleformer.usage import Batch, evaluating, router_outputs
+from moduli.routing import RouteContext
+
+LEAK = 1e-3
+"""Share of probability that leaves closed experts unnoticed, beside the rounding of bfloat16."""
+VECTORS = 512
+"""Random vectors per router, where no inputs are given."""
+SERIES: list[float] = [2.0 ** (step / 4) for step in range(-24, 49)]
+"""Values of c that are tried, from 1/64 to 4096."""
+
+See = Callable[[int, Tensor], None]
+
+
+def leakage(
+    model: Any, router_logits: Sequence[Tensor], attention_mask: Tensor | None = None
+) -> Float[Tensor, ""]:
+    """Mean of Z' / (Z + Z') over tokens, and over routers that have new experts.
+
+    Args:
+        model: a ModuleFormer that is growing.
+        router_logits: of its output (`output_router_logits=True`), with their gradient.
+        attention_mask: [B, S], 0 for padding, which is left out.
+
+    Raises:
+        ModelError: the model is not growing.
+    """
+    found = []
+    for part, logits in zip(sublayers(model), router_logits, strict=True):
+        gate = part.owner.gate
+        if isinstance(gate, GrownRouter):
+            share = _share(logits, len(gate.rows))
+            if attention_mask is not None:
+                real = real_tokens(attention_mask, len(logits) // len(attention_mask))
+                assert real is not None
+                share = share[real.to(share.device)]
+            found.append(share.mean())
+    if not found:
+        raise ModelError("this model has no new experts: extend(model, ...) adds some")
+    return torch.stack([share.to(found[0].device) for share in found]).mean()
+
+
+def row_norm(model: Any) -> Float[Tensor, ""]:
+    """Sum of the squares of all new rows of routers.
+
+    Raises:
+        ModelError: the model is not growing.
+    """
+    gates = [part.owner.gate for part in sublayers(model)]
+    squares = [gate.rows.square().sum() for gate in gates if isinstance(gate, GrownRouter)]
+    if not squares:
+        raise ModelError("this model has no new experts: extend(model, ...) adds some")
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum()
+
+
+@torch.no_grad()
+def leaks(
+    model: Any, batches: Sequence[Batch] | None, generator: torch.Generator | None = None
+) -> list[Float[Tensor, " T"]]:
+    """Z' / (Z + Z') of every token, for every router that has new experts.
+
+    Args:
+        model: a ModuleFormer that is growing.
+        batches: keyword arguments of its forward; None: random vectors in front of each router.
+        generator: of random vectors.
+    """
+    gates = [part.owner.gate for part in sublayers(model)]
+    found: dict[int, list[Tensor]] = {}
+
+    def see(i: int, x: Tensor) -> None:
+        gate = gates[i]
+        if isinstance(gate, GrownRouter):
+            scores = gate.forward(x, RouteContext()).scores
+            assert scores is not None
+            found.setdefault(i, []).append(_share(scores, len(gate.rows)).cpu())
+
+    _look(model, batches, generator, see)
+    return [torch.cat(shares) for _, shares in sorted(found.items())]
+
+
+@torch.no_grad()
+def closing_rows(
+    model: Any,
+    added: Mapping[Any, int],
+    leak: float,
+    batches: Sequence[Batch] | None,
+    generator: torch.Generator | None,
+) -> dict[int, Float[Tensor, "_ G"]]:
+    """Rows by which new experts hardly matter, by the place of the router in `sublayers`.
+
+    Args:
+        model: a ModuleFormer with "mlp" gates, before it grows.
+        added: number of new experts by kind.
+        leak: mean share of probability that they may take.
+        batches, generator: as of `leaks`.
+
+    Raises:
+        ConfigError: there is no such c, since the hidden vectors of too many tokens have sums that
+            are not positive.
+    """
+    parts = sublayers(model)
+    found: dict[int, list[Tensor]] = {}
+
+    def see(i: int, x: Tensor) -> None:
+        gate = parts[i].owner.gate
+        *layers, last = gate.w_gate
+        for layer in layers:
+            x = layer(x)
+        both = torch.stack([x.float().sum(-1), last(x).float().logsumexp(-1)])
+        found.setdefault(i, []).append(both.cpu())
+
+    _look(model, batches, generator, see)
+    rows = {}
+    for i, part in enumerate(parts):
+        if number := added[part.kind]:
+            width = part.owner.gate.w_gate[-1].in_features
+            sums, log_z = torch.cat(found[i], dim=1)
+            rows[i] = torch.full((number, width), -_closing(part, sums, log_z, number, leak))
+    return rows
+
+
+def _closing(part: Sublayer, sums: Tensor, log_z: Tensor, number: int, leak: float) -> float:
+    """The smallest c of `SERIES` by which no more than `leak` goes to `number` new experts."""
+    for c in SERIES:
+        if float((math.log(number) - c * sums - log_z).sigmoid().mean()) <= leak:
+            return c
+    raise ConfigError(
+        f"{part.name}: no rows -c (1, ..., 1) leak as little as {leak:g}, since the hidden vectors "
+        f"of {float((sums <= 0).float().mean()):.1%} of the tokens have a sum that is not "
+        "positive, as in a model that was hardly trained; use start='copy', or allow more"
+    )
+
+
+def _share(logits: Float[Tensor, "T E"], number: int) -> Float[Tensor, " T"]:
+    """Probability of the last experts."""
+    return logits.softmax(dim=-1, dtype=torch.float32)[:, -number:].sum(-1)
+
+
+def _look(
+    model: Any, batches: Sequence[Batch] | None, generator: torch.Generator | None, see: See
+) -> None:
+    """Show `see` what comes to every router: given inputs, or random ones behind its norm."""
+    parts = sublayers(model)
+    if batches is None:
+        with evaluating(model):
+            for i, part in enumerate(parts):
+                x = torch.randn(VECTORS, part.norm.weight.shape[0], generator=generator)
+                see(i, part.norm(x.to(part.norm.weight)))
+        return
+
+    def show(i: int, gate: Any, args: tuple[Any, ...]) -> None:
+        x, context = args
+        see(i, x if context.real is None else x[context.real.to(x.device)])
+
+    gates = [part.owner.gate for part in parts]
+    handles = [g.register_forward_pre_hook(partial(show, i)) for i, g in enumerate(gates)]
+    seen = 0
+    try:
+        for _ in router_outputs(model, batches):
+            seen += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise DataError("batches is empty; give at least one, or None for random vectors")
