@@ -17,9 +17,11 @@ from filelock import FileLock
 
 from moduli.data.task import Task
 from moduli.study import compare as compare_module
+from moduli.study import run as run_module
 from moduli.study.compare import compare
 from moduli.study.plan import Plan
 from moduli.study.run import RunEvent, execute
+from moduli.study.spec import RunSpec
 from tests.reliability.killing import differences, draw_moments, kill_often, resumed
 from tests.reliability.pretended import Pretended, pretended_plan
 from tests.reliability.small_study import (
@@ -136,6 +138,33 @@ def test_what_a_process_left_that_was_killed_when_a_run_was_there_is_swept_away(
     study = compare(small_plan, [small_task], root)
     assert names(root) == study.records.keys()
     assert set(pretended.done.values()) == {1}
+
+
+def test_what_another_process_has_tried_again_is_not_tried_once_more(
+    small_plan: Plan, small_task: Task, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: Counter[str] = Counter()
+
+    def wrong(spec: RunSpec, *_: object) -> None:
+        tried[spec.key] += 1
+        raise ValueError(f"try {tried[spec.key]}")
+
+    monkeypatch.setattr(run_module, "_work", wrong)
+    first, *_, last = (run.spec for run in small_plan.runs([small_task]))
+
+    def other_process(event: RunEvent) -> None:
+        if (event.spec, event.stage) == (first, "started"):
+            with pytest.raises(ValueError, match="try"):
+                execute(last, small_task, root / last.key)
+
+    compare(small_plan, [small_task], root)
+    assert set(tried.values()) == {1}
+    study = compare(small_plan, [small_task], root, retry_failed=True, on_event=other_process)
+    assert set(tried.values()) == {2}
+    assert {failure.message for failure in study.failures} == {"try 2"}
+    assert len(study.failures) == 10
+    compare(small_plan, [small_task], root, retry_failed=True)
+    assert set(tried.values()) == {3}
 
 
 @pytest.fixture(scope="module")

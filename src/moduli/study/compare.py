@@ -10,9 +10,9 @@ from typing import Any
 
 from moduli.data.task import Task
 from moduli.errors import ConfigError
-from moduli.study.inflight import BusyError
+from moduli.study.inflight import BusyError, partial_of
 from moduli.study.plan import Plan, Planned, Unit
-from moduli.study.records import Failure, RunRecord
+from moduli.study.records import FAILED, Failure, RunRecord
 from moduli.study.run import Listener, RunEvent, execute, failure_of, finished
 from moduli.training.kinds.base import TaskKind, get_kind
 
@@ -69,7 +69,8 @@ def compare(
         tasks: `plan.tasks`, loaded.
         root: directory of the study; one directory per run.
         keep_models: names of methods whose tuned models are kept with their runs.
-        retry_failed: try again what failed before.
+        retry_failed: try again what had failed when this began; what fails meanwhile, here or in
+            another process, is not tried once more.
         checkpoint_every: steps between checkpoints; None: one per epoch.
         on_event: called with `RunEvent`s.
 
@@ -79,13 +80,14 @@ def compare(
     runs = plan.runs(tasks)
     records: dict[str, RunRecord] = {}
     failures: list[Failure] = []
+    before = {run.spec.key: _noted(root / run.spec.key) for run in runs} if retry_failed else {}
     waiting = list(runs)
     while waiting:
         elsewhere = []
         for run in waiting:
             spec, target = run.spec, root / run.spec.key
-            failure = None if retry_failed else failure_of(spec, target)
-            if failure is not None:
+            failure = failure_of(spec, target)
+            if failure is not None and not (retry_failed and _noted(target) == before[spec.key]):
                 _tell(on_event, RunEvent(spec, "failed", failure))
                 failures.append(failure)
                 continue
@@ -148,6 +150,15 @@ def best_by_validation(runs: Sequence[tuple[Planned, RunRecord]]) -> RunRecord:
         return (*(sum(column) for column in zip(*keys, strict=True)), record.spec.seed)
 
     return min((record for _, record in runs), key=order)
+
+
+def _noted(target: Path) -> tuple[int, int] | None:
+    """What tells one note of a run's failure from the next; None if there is none."""
+    try:
+        note = (partial_of(target) / FAILED).stat()
+    except OSError:
+        return None
+    return note.st_mtime_ns, note.st_ino
 
 
 def _tell(on_event: Listener | None, event: RunEvent) -> None:
