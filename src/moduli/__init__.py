@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moduli.methods.api import convert, load
     from moduli.methods.emoe import EMoE
     from moduli.methods.registry import register
+    from moduli.models.editing import expert_use, extend, prune
     from moduli.registration import register_experts
     from moduli.surgery.checkpoint import save
     from moduli.surgery.compose import compose
@@ -41,11 +42,14 @@ _VERBS = {
     "compose": "moduli.surgery.compose",
     "convert": "moduli.methods.api",
     "dense": "moduli.surgery.modular",
+    "expert_use": "moduli.models.editing",
     "export": "moduli.surgery.export",
+    "extend": "moduli.models.editing",
     "inspect_model": "moduli.inspect.inspecting",
     "is_modular": "moduli.surgery.modular",
     "load": "moduli.methods.api",
     "merge": "moduli.surgery.merge",
+    "prune": "moduli.models.editing",
     "register": "moduli.methods.registry",
     "register_experts": "moduli.registration",
     "save": "moduli.surgery.checkpoint",
@@ -61,11 +65,14 @@ __all__ = [
     "compose",
     "convert",
     "dense",
+    "expert_use",
     "export",
+    "extend",
     "inspect_model",
     "is_modular",
     "load",
     "merge",
+    "prune",
     "register",
     "register_experts",
     "save",
