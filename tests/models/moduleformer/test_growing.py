@@ -1,4 +1,4 @@
-"""Growing: the old function is there as it was, old tensors never change, checkpoints are ordinary."""
+"""Growing: the old function stays, old tensors never change, checkpoints are ordinary."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def test_a_growing_model_saves_as_an_ordinary_one(gate: str, tmp_path: Path) -> 
     growing = logits(model)
     model.save_pretrained(tmp_path)
     settled = settled_copy(model)
-    assert type(settled.transformer.h[0].mlpf.gate) is type(small.build().transformer.h[0].mlpf.gate)
+    assert type(settled.transformer.h[0].mlpf.gate) is type(
+        small.build().transformer.h[0].mlpf.gate
+    )
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     ours, theirs = state(settled), state(again)
     assert ours.keys() == theirs.keys()
@@ -149,7 +151,9 @@ def test_a_real_trainer_run_leaves_old_slices_bit_identical_and_resumes(tmp_path
     assert kept(old, state(model))
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
     assert kept(state(model), state(written))
-    assert all((p != q).any() for p, q in zip(*map(new_parameters, (model, fresh(base))), strict=True))
+    assert all(
+        (p != q).any() for p, q in zip(*map(new_parameters, (model, fresh(base))), strict=True)
+    )
     again = train("resumed", 4, str(tmp_path / "whole" / "checkpoint-2"))
     assert kept(state(model), state(again))
 

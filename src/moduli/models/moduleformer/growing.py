@@ -33,7 +33,13 @@ from torch import Tensor, nn
 from moduli.errors import ConfigError, ModelError, UnknownNameError, nearest
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
-from moduli.models.moduleformer.grown import Grown, GrownExpertLinear, GrownExperts, GrownRouter
+from moduli.models.moduleformer.grown import (
+    Grown,
+    GrownExpertLinear,
+    GrownExperts,
+    GrownRouter,
+    take_published_names,
+)
 from moduli.models.moduleformer.leaking import LEAK, closing_rows, leaks
 from moduli.models.moduleformer.sublayers import (
     ROWS,
@@ -156,6 +162,7 @@ def extend(
     for kind, count in added.items():
         before = expert_counts(config, kind)
         set_expert_counts(model, kind, [number + count for number in before])
+    model.register_load_state_dict_pre_hook(take_published_names)
     train_only_new(model)
     shares = leaks(model, batches, generator)
     return ExtendReport(
