@@ -15,7 +15,7 @@ from moduli.study.compare import Study, collect
 from moduli.study.estimate import Pace, Work, estimate, try_out, work_of
 from moduli.study.plan import Plan, arm
 from moduli.study.records import Failure, RunRecord
-from moduli.study.spec import RunSpec
+from moduli.study.spec import Edit, RunSpec
 from moduli.training.settings import FinetuneSettings
 from tests.study.conftest import SETTINGS
 
@@ -33,7 +33,8 @@ def record_of(spec: RunSpec, pace: Pace, task: Task) -> RunRecord:
     seconds = {
         "convert": pace.once,
         "train": pace.train * work.trained,
-        "evaluate": pace.score * work.scored,
+        "evaluate": pace.score * work.scored * 0.75,
+        "inspect": pace.score * work.scored * 0.25,
     }
     return RunRecord(
         spec, "classification", {}, {}, {}, None, {}, 6, 0.1, seconds, dict(seconds), {}
@@ -57,10 +58,18 @@ def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "try_out", never)
 
 
-def test_the_work_of_a_run_by_hand(plan: Plan, task: Task, tmp_path: Path) -> None:
+def test_the_work_of_a_run_by_hand(
+    plan: Plan, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense, emoe = (run.spec for run in study_of(plan, task, tmp_path).runs[:2])
     assert work_of(dense, task) == Work(6 * 16, 3 * ROWS + 3 * ROWS)
-    assert work_of(emoe, task) == Work(6 * 16, 3 * ROWS + 2 * 3 * ROWS)  # merged as well
+    # Merged as well, and inspected: here all of its few test rows.
+    assert work_of(emoe, task) == Work(6 * 16, 3 * ROWS + 3 * 3 * ROWS)
+    monkeypatch.setattr(module, "INSPECTED_ROWS", 5)
+    assert work_of(emoe, task).scored == 3 * ROWS + 2 * 3 * ROWS + 3 * 5
+    # One more test of every row, and a look at the training rows that say what to prune.
+    pruned = dataclasses.replace(emoe, edits=(*emoe.edits, Edit("pruned")))
+    assert work_of(pruned, task).scored == work_of(emoe, task).scored + 3 * ROWS + ROWS
     epochs = dataclasses.replace(
         dense,
         settings=FinetuneSettings(epochs=5),

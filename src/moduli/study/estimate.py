@@ -1,9 +1,9 @@
 """How long a study will take, before it starts.
 
 Where an arm has finished runs, their times say it: training scaled by the rows that a run trains
-on, evaluation by those it is tested on, the median over runs that were not interrupted. Where it
-has none, it is tried: the model is loaded and converted, a few steps are done and a few rows are
-scored.
+on, evaluation and inspection by those it scores and looks at, the median over runs that were not
+interrupted. Where it has none, it is tried: the model is loaded and converted, a few steps are
+done and a few rows are scored.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from moduli.study.records import RunRecord
 from moduli.study.run import load_model, training_rows
 from moduli.study.sample import rows_to_show, sample_batches
 from moduli.study.spec import RunSpec
+from moduli.study.testing import ROWS_TO_COUNT
+from moduli.study.watching import INSPECTED_ROWS
 from moduli.study.wording import duration
 from moduli.training.kinds.base import get_kind
 
@@ -89,7 +91,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Work:
-    """What the time of a run depends on: rows trained on (each epoch anew) and rows scored."""
+    """What the time of a run depends on: rows trained on (each epoch anew) and rows scored.
+
+    Rows on which experts are looked at or counted are among those scored: it is a forward pass too.
+    """
 
     trained: int
     scored: int
@@ -132,7 +137,7 @@ def estimate(study: Study, tasks: Sequence[Task], *, retry_failed: bool = False)
 
 
 def work_of(spec: RunSpec, task: Task) -> Work:
-    """How many rows a run trains on and scores, all epochs and edits together."""
+    """How many rows a run trains on and scores, all epochs, edits and inspections together."""
     parts = [task.domains[name].train for name in spec.train_domains]
     rows = sum(math.ceil(spec.fraction * len(part)) for part in parts if part is not None)
     settings = spec.settings
@@ -142,8 +147,12 @@ def work_of(spec: RunSpec, task: Task) -> Work:
         trained = settings.max_steps * min(per_step, rows)
     splits = task.domains.values()
     validation = sum(len(s.validation) for s in splits if s.validation is not None)
-    tests = sum(len(s.test) for s in splits if s.test is not None)
-    return Work(trained, validation + tests * (1 + len(spec.edits)))
+    tests = [len(s.test) for s in splits if s.test is not None]
+    scored = validation + sum(tests) * (1 + len(spec.edits))
+    if spec.method.build().modular:
+        scored += sum(min(INSPECTED_ROWS, count) for count in tests)
+    scored += min(ROWS_TO_COUNT, rows) * sum(edit.name == "pruned" for edit in spec.edits)
+    return Work(trained, scored)
 
 
 def _of_records(
@@ -164,11 +173,9 @@ def _of_records(
 
 def _pace(record: RunRecord, work: Work) -> Pace:
     seconds = dict(record.seconds)
-    return Pace(
-        seconds.pop("train", 0.0) / max(1, work.trained),
-        seconds.pop("evaluate", 0.0) / max(1, work.scored),
-        sum(seconds.values()),
-    )
+    train = seconds.pop("train", 0.0)
+    score = seconds.pop("evaluate", 0.0) + seconds.pop("inspect", 0.0)
+    return Pace(train / max(1, work.trained), score / max(1, work.scored), sum(seconds.values()))
 
 
 def _median(paces: Sequence[Pace]) -> Pace:
