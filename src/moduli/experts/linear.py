@@ -85,7 +85,11 @@ def _products(rows: Tensor, weights: Sequence[Tensor], ends: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("moduli::routed_linear", mutates_args=())
+@torch.library.custom_op(
+    "moduli::routed_linear",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor[] weights, Tensor ends) -> Tensor",
+)
 def _operator(rows: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
     return _products(rows, weights, ends)
 
@@ -95,7 +99,11 @@ def _fake(rows: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weights[0].shape[2])
 
 
-@torch.library.custom_op("moduli::routed_linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "moduli::routed_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor rows, Tensor[] weights, Tensor ends, bool[] wanted) -> Tensor[]",
+)
 def _backward(
     grad: Tensor, rows: Tensor, weights: list[Tensor], ends: Tensor, wanted: list[bool]
 ) -> list[Tensor]:

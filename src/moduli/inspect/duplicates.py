@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moduli.routing import Router
 from moduli.surgery.owned import OwnedExperts
 from moduli.surgery.projection import base_of
 from moduli.surgery.routed import RoutedLayer
@@ -30,7 +31,8 @@ def duplicate_experts(layer: nn.Module) -> tuple[tuple[int, int, float], ...]:
     """Pairs (i, j, similarity) of almost equal experts, i < j.
 
     Args:
-        layer: a `RoutedLayer`, or an experts module of transformers.
+        layer: a `RoutedLayer`, a block of ours with its router, or an experts module of
+            transformers.
     """
     stacked = expert_tensors(layer)
     if not stacked:
@@ -46,6 +48,15 @@ def expert_tensors(layer: nn.Module) -> list[Tensor]:
         module, count = base_of(layer.experts), layer.num_experts
     elif isinstance(layer, RoutedLayer):
         return []
+    elif routers := [child for child in layer.children() if isinstance(child, Router)]:
+        count = routers[0].num_experts
+        others = [child for child in layer.children() if child is not routers[0]]
+        return [
+            p.detach()
+            for child in others
+            for p in child.parameters()
+            if p.dim() >= 3 and len(p) == count
+        ]
     else:
         module, count = layer, int(layer.num_experts)  # type: ignore[arg-type]
     return [

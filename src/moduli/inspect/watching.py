@@ -1,6 +1,7 @@
 """Watch a model route: every routing of every layer with experts, as it happens.
 
-Layers of ours report their routing themselves (`Pass.record`). The experts modules of transformers
+Layers of converted models report their routing themselves (`Pass.record`), and in architectures of
+ours a hook reads what a router returns. The experts modules of transformers
 (Mixtral, OLMoE, Qwen-MoE, DeepSeek, ...) share one call, `forward(hidden_states, top_k_index,
 top_k_weights)`, in front of which a hook reads it; the scores are the output of the router beside
 them, where it is a module. Hooks look and change nothing, and all are gone afterwards.
@@ -11,7 +12,7 @@ Letters: B batch, S sequence, T tokens = B x S, D width, E experts, K experts pe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
-from moduli.routing import Routing
+from moduli.routing import Router, Routing
 from moduli.surgery.locate import stacks
 from moduli.surgery.modular import MaskHook, routed_layers
 from moduli.surgery.routed import Pass, RoutedLayer
@@ -36,7 +37,8 @@ class ExpertLayer:
 
     Attributes:
         name: of the block, in the model.
-        module: a `RoutedLayer`, or an experts module of transformers.
+        module: a `RoutedLayer`, a block of ours with its router, or an experts module of
+            transformers.
         num_experts: E.
         stack: name of the stack it belongs to; layers of one stack see the same tokens.
     """
@@ -62,7 +64,9 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     Raises:
         ModelError: there is none.
     """
+    found: list[tuple[str, int, nn.Module]]
     found = [(name, layer.num_experts, layer) for name, layer in routed_layers(model).items()]
+    found += [(name, r.num_experts, block) for name, (block, r) in own_routers(model).items()]
     stock = _stock_experts(model)
     found += [(name, int(module.num_experts), module) for name, module in stock.items()]
     if not found:
@@ -100,6 +104,7 @@ def listen(model: nn.Module, see: See) -> Iterator[None]:
     expert_layers(model)
     with ExitStack() as undo:
         _listen_to_ours(model, see, undo)
+        _listen_to_routers(model, see, undo)
         _listen_to_stock(model, see, undo)
         yield
 
@@ -118,6 +123,15 @@ def _listen_to_ours(model: nn.Module, see: See, undo: ExitStack) -> None:
 
         state.record = record
         undo.callback(setattr, state, "record", before)
+
+
+def _listen_to_routers(model: nn.Module, see: See, undo: ExitStack) -> None:
+    for name, (_, router) in own_routers(model).items():
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Routing, of: str = name) -> None:
+            see(of, _detached(output), args[1].real)
+
+        undo.callback(router.register_forward_hook(hook).remove)
 
 
 def _listen_to_stock(model: nn.Module, see: See, undo: ExitStack) -> None:
@@ -201,14 +215,25 @@ def strongest_first(routing: Routing) -> tuple[Int[Tensor, "T K"], Float[Tensor,
     return experts.gather(1, order), weights.gather(1, order)
 
 
+def own_routers(model: nn.Module) -> dict[str, tuple[nn.Module, Router]]:
+    """Blocks of our architectures that hold a router, with it, by name."""
+    converted = _inside(layer for layer in model.modules() if isinstance(layer, RoutedLayer))
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and id(module) not in converted:
+            block = name.rpartition(".")[0]
+            found[block] = (model.get_submodule(block), module)
+    return found
+
+
+def _inside(blocks: Iterable[nn.Module]) -> set[int]:
+    return {id(module) for block in blocks for module in block.modules()}
+
+
 def _stock_experts(model: nn.Module) -> dict[str, Any]:
     """Experts modules of transformers by the name of the block that holds them."""
-    ours = {
-        id(inner)
-        for layer in model.modules()
-        if isinstance(layer, RoutedLayer)
-        for inner in layer.modules()
-    }
+    ours = _inside(layer for layer in model.modules() if isinstance(layer, RoutedLayer))
+    ours |= _inside(block for block, _ in own_routers(model).values())
     return {
         _block_of(name): module
         for name, module in model.named_modules()

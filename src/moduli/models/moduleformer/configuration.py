@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from moduli.errors import ConfigError, UnknownNameError, nearest
+from moduli.models.registration import register_moduleformer
 
 GATES = ("mlp", "linear", "gmm")
 
@@ -53,6 +54,7 @@ class ModuleFormerConfig(PreTrainedConfig):
         UnknownNameError: there is no such gate.
     """
 
+    __no_type_check__: ClassVar[bool] = True  # `strict` checks, and takes fields it does not know
     model_type = "moduleformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
@@ -105,6 +107,7 @@ class ModuleFormerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.check()
+        register_moduleformer()
         super().__post_init__(**kwargs)
 
     @property

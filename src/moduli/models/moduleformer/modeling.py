@@ -37,7 +37,7 @@ from moduli.models.moduleformer.auxiliary import auxiliary_loss, expert_load
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
 from moduli.models.moduleformer.inputs import last_tokens, tokens_of
-from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers, register_names
+from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers
 from moduli.models.moduleformer.routers import ModuleFormerRouter
 from moduli.routing import RouteContext, Routing
 
@@ -57,6 +57,7 @@ class ModuleFormerOutput(MoeModelOutputWithPast):
         router_load: tokens per expert [E], without padding.
     """
 
+    router_logits: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
     router_experts: tuple[Tensor, ...] | None = None
     router_load: tuple[Tensor, ...] | None = None
 
@@ -69,6 +70,7 @@ class ModuleFormerCausalLMOutput(MoeCausalLMOutputWithPast):
         aux_loss: sum of the auxiliary losses of all routers, without its weight.
     """
 
+    router_logits: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
     router_experts: tuple[Tensor, ...] | None = None
     router_load: tuple[Tensor, ...] | None = None
 
@@ -139,6 +141,10 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ModuleFormerRouter) and hasattr(module, "expert_centroids"):
             init.normal_(module.expert_centroids)
             init.zeros_(module.temperature)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for experts in the source of this file only
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Our kernels, unless others are asked for."""
@@ -374,6 +380,3 @@ class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
             hidden_states=found.hidden_states,
             attentions=found.attentions,
         )
-
-
-register_names()
