@@ -27,7 +27,7 @@ from moduli.models.stick_breaking.sight import Sight
 
 def kept_shape(rows: int, group: int, times: int, keys: int) -> tuple[int, int, int, int]:
     """Shape of what forward keeps for backward."""
-    return -(-keys // tiles.keys_per_tile(keys)), rows, group, times
+    return -(-keys // tiles.keys_per_tile(keys, group * times)), rows, group, times
 
 
 def forward(
@@ -53,7 +53,7 @@ def forward(
     R, G, T, _ = query.shape
     out = query.new_empty(R, G, T, value.shape[2])
     rest = query.new_empty(R, G, T)
-    step = tiles.keys_per_tile(sight.keys)
+    step = tiles.keys_per_tile(sight.keys, G * T)
     for rows, times in _blocks(query, step):
         q = _columns("query", query[rows, :, times]).mul_(scale)
         left = take("stick left", *q.shape[:2], like=query).fill_(1)
@@ -95,9 +95,9 @@ def backward(
         rest: r, as `forward` returned it.
         kept: as `forward` filled it.
     """
-    G = query.shape[1]
+    _, G, T, _ = query.shape
     dquery, dkey, dvalue = (torch.zeros_like(t) for t in (query, key, value))
-    step = tiles.keys_per_tile(sight.keys)
+    step = tiles.keys_per_tile(sight.keys, G * T)
     for rows, times in _blocks(query, step):
         q = _columns("query", query[rows, :, times]).mul_(scale)
         dy = _columns("dout", dout[rows, :, times])

@@ -14,14 +14,18 @@
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int W = 16;  // columns of a vector
-constexpr int STRIP = 64;  // columns that are carried together
-constexpr double NOTHING = 1e-30;  // less of a stick is taken for none; denormals would be slow
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int STRIP = 4 * W;  // columns that are carried together
+constexpr float NOTHING = 1e-30f;  // less of a stick is taken for none; denormals would be slow
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
-typedef double vd __attribute__((vector_size(W * 8)));
-typedef int64_t vl __attribute__((vector_size(W * 8)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -37,10 +41,8 @@ INLINE void store(float* p, vf v, int n) {
 }
 INLINE vi bits(vf v) { vi r; memcpy(&r, &v, sizeof r); return r; }
 INLINE vf unbits(vi v) { vf r; memcpy(&r, &v, sizeof r); return r; }
-INLINE vd wide(vf v) { return __builtin_convertvector(v, vd); }
-INLINE vf narrow(vd v) { return __builtin_convertvector(v, vf); }
 
-// exp(x) within 2 ulp, on [-87, 87].
+// exp(x) within 2 ulp, on [-87, 87]; anything elsewhere.
 INLINE vf vexp(vf x) {
   vf t = x * 1.44269504088896341f + 12582912.f;  // nearest integer by the magic constant
   vf n = t - 12582912.f;
@@ -51,25 +53,23 @@ INLINE vf vexp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  return unbits(bits(p) + (__builtin_convertvector(n, vi) << 23));
+  return unbits(bits(p) + (bits(t) << 23));  // the integer stands in the low bits of t
 }
 
 // sigma(z) and sigma(-z), each to its own last digits; exactly 0 and 1 below -87 (-inf: not seen).
 INLINE void shares(vf z, vf& share, vf& rest) {
-  vf near = z < -87.f ? vf{} - 87.f : z;
-  near = near > 87.f ? vf{} + 87.f : near;
-  vf u = vexp(-near);
+  vf u = vexp(z > 87.f ? vf{} - 87.f : -z);
   share = 1.f / (1.f + u);
   rest = u * share;
   share = z < -87.f ? vf{} : share;
   rest = z < -87.f ? vf{} + 1.f : rest;
 }
 
-// What is left after a share is taken. A small share is subtracted: its complement is rounded.
-INLINE vd after(vd left, vf share, vf rest) {
-  vd s = wide(share);
-  vd next = s < 0.5 ? left - left * s : left * wide(rest);
-  return next < NOTHING ? vd{} : next;
+// What is left after a share is taken. A small share is subtracted, since its complement is
+// rounded.
+INLINE vf after(vf left, vf share, vf rest) {
+  vf next = share < 0.5f ? left - left * share : left * rest;
+  return next < NOTHING ? vf{} : next;
 }
 
 struct Strip { int64_t first; int count; };  // columns
@@ -85,29 +85,29 @@ template <class Body> void for_strips(int64_t rows, int64_t columns, int threads
 
 // Body of a strip for a count of vectors that the compiler knows; all full but perhaps the last.
 template <int V> void spend_strip(float* z, float* left, int64_t keys, int64_t columns, int last) {
-  vd r[V];
-  for (int v = 0; v < V; v++) r[v] = wide(load(left + v * W, v + 1 < V ? W : last));
+  vf r[V];
+  for (int v = 0; v < V; v++) r[v] = load(left + v * W, v + 1 < V ? W : last);
   for (int64_t j = keys - 1; j >= 0; j--) {
     float* row = z + j * columns;
     for (int v = 0; v < V; v++) {
       int n = v + 1 < V ? W : last;
       vf share, rest;
       shares(load(row + v * W, n), share, rest);
-      store(row + v * W, share * narrow(r[v]), n);
+      store(row + v * W, share * r[v], n);
       r[v] = after(r[v], share, rest);
     }
   }
-  for (int v = 0; v < V; v++) store(left + v * W, narrow(r[v]), v + 1 < V ? W : last);
+  for (int v = 0; v < V; v++) store(left + v * W, r[v], v + 1 < V ? W : last);
 }
 
 template <int V>
 void differentiate_strip(float* z, float* slope, const float* left, float* before, int64_t keys,
                          int64_t columns, int last, vf* scratch) {
-  vd r[V], p[V];
+  vf r[V], p[V];
   for (int v = 0; v < V; v++) {
     int n = v + 1 < V ? W : last;
-    r[v] = wide(load(left + v * W, n));
-    p[v] = wide(load(before + v * W, n));
+    r[v] = load(left + v * W, n);
+    p[v] = load(before + v * W, n);
   }
   for (int64_t j = keys - 1; j >= 0; j--) {
     float* row = z + j * columns;
@@ -116,7 +116,7 @@ void differentiate_strip(float* z, float* slope, const float* left, float* befor
       int n = v + 1 < V ? W : last;
       vf share, rest;
       shares(load(row + v * W, n), share, rest);
-      store(row + v * W, share * narrow(r[v]), n);
+      store(row + v * W, share * r[v], n);
       own[2 * v] = share;
       own[2 * v + 1] = rest;
       r[v] = after(r[v], share, rest);
@@ -128,14 +128,13 @@ void differentiate_strip(float* z, float* slope, const float* left, float* befor
       int n = v + 1 < V ? W : last;
       float* at = slope + j * columns + v * W;
       vf gain = load(z + j * columns + v * W, n) * load(at, n);
-      store(at, own[2 * v + 1] * gain - own[2 * v] * narrow(p[v]), n);
-      p[v] += wide(gain);
+      store(at, own[2 * v + 1] * gain - own[2 * v] * p[v], n);
+      p[v] += gain;
     }
   }
-  for (int v = 0; v < V; v++) store(before + v * W, narrow(p[v]), v + 1 < V ? W : last);
+  for (int v = 0; v < V; v++) store(before + v * W, p[v], v + 1 < V ? W : last);
 }
 
-static_assert(STRIP == 4 * W, "strips are cut into one to four vectors");
 #define WITH_VECTORS(count, call)                                  \
   do {                                                             \
     int last = ((count) - 1) % W + 1;                              \

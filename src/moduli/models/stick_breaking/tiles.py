@@ -10,23 +10,24 @@ Letters: P rows, N keys of the tile, C queries.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from moduli.models.stick_breaking import native
 
-AREA = 1 << 16  # numbers in a tile of one row
-BUDGET = 1 << 17  # numbers in all tiles of a step: they and their slopes stay in the cache
+BUDGET = 1 << 17  # numbers in the tiles of a step: they and their slopes stay in the cache
 KEPT = 64  # tiles of keys at most, so that what is kept for backward grows as T does
 
 
-def keys_per_tile(keys: int) -> int:
-    """N of all tiles but those at an edge."""
-    return max(256, -(-keys // KEPT))
+def keys_per_tile(keys: int, queries: int) -> int:
+    """N of all tiles but those at an edge, where each key has so many queries in all."""
+    few = 8192 // queries  # decoding: the fewer queries, the longer the tiles
+    return max(128, min(few, 2048), -(-keys // KEPT))
 
 
 def rows_and_times(rows: int, group: int, times: int, step: int) -> tuple[int, int]:
-    """Rows, and times of each, that one block of queries takes."""
+    """Rows, and times of each, that one block of queries takes with tiles of `step` keys."""
     width = min(times, max(16, 128 // group))
     return max(1, min(rows, BUDGET // (step * group * width))), width
 
@@ -43,7 +44,7 @@ def spend(logits: Float[Tensor, "P N C"], left: Float[Tensor, "P C"]) -> None:
     if native.usable(logits):
         native.spend(logits, left)
         return
-    _, sticks = _sticks(logits, left)
+    sticks = _sticks(logits, left)
     left.copy_(sticks[:, 0])
     logits.sigmoid_().mul_(sticks[:, 1:])
 
@@ -67,18 +68,20 @@ def differentiate(
     if native.usable(logits):
         native.differentiate(logits, slope, left, before)
         return
-    rest, sticks = _sticks(logits, left)
-    share = torch.sigmoid(logits)
+    sticks = _sticks(logits, left)
+    share, rest = torch.sigmoid(logits), torch.sigmoid(-logits)
     torch.mul(share, sticks[:, 1:], out=logits)
     slope.mul_(logits)
     sums = torch.cat([before[:, None], slope], dim=1).cumsum(dim=1)
-    # Not weight slope (1 - sigma) with the difference taken: sigma may round to 1.
+    # sigma(-z) for 1 - sigma(z), of which nothing may be left where sigma rounds to 1.
     slope.mul_(rest).sub_(share.mul_(sums[:, :-1]))
     before.copy_(sums[:, -1])
 
 
-def _sticks(logits: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """sigma(-z) [P N C], and sticks [P N+1 C]: before each key, and after all at the front."""
-    rest = torch.sigmoid(-logits)
-    falling = torch.cat([left[:, None], rest.flip(1)], dim=1).cumprod(dim=1)
-    return rest, falling.flip(1)
+def _sticks(logits: Tensor, left: Tensor) -> Tensor:
+    """Sticks [P N+1 C]: before each key is served, and what is left of all at the front.
+
+    By sums of logarithms: factors next to 1 would be rounded, all of them alike where logits are.
+    """
+    spent = torch.cat([left[:, None].log(), F.logsigmoid(-logits).flip(1)], dim=1)
+    return spent.cumsum(dim=1).exp_().flip(1)
