@@ -29,17 +29,10 @@ def tokens_of(
         past: what came before.
 
     Raises:
-        ConfigError: the mask or the cache is of another size.
+        ConfigError: the mask or the cache is of another size, or the cache does not grow.
     """
     batch, length = h.shape[:2]
-    before = 0 if past is None else past.get_seq_length()
-    if before:
-        kept = past.layers[0].keys.shape[0]  # type: ignore[union-attr]
-        if kept != batch:
-            raise ConfigError(
-                f"past_key_values is of {kept} sequences and the input has {batch}; repeat or "
-                "reorder the cache (batch_repeat_interleave, reorder_cache), or start without one"
-            )
+    before = _checked_length(past, batch)
     if attention_mask is None:
         segments = None if before or position_ids is None else packed(position_ids, batch)
         return Tokens(segments=segments)
@@ -54,6 +47,26 @@ def tokens_of(
     if not torch.compiler.is_compiling() and bool(keys.all()):
         return Tokens()
     return Tokens(keys=keys, real=keys[:, -length:].flatten())
+
+
+def _checked_length(past: Cache | None, batch: int) -> int:
+    """Tokens in a cache that fits."""
+    if past is None:
+        return 0
+    if past.is_compileable:
+        raise ConfigError(
+            "a static cache has its final length from the start, and here the number of keys says "
+            "where a query stands; leave out cache_implementation or choose 'offloaded'"
+        )
+    before = int(past.get_seq_length())
+    if before:
+        kept = past.layers[0].keys.shape[0]  # type: ignore[union-attr]
+        if kept != batch:
+            raise ConfigError(
+                f"past_key_values is of {kept} sequences and the input has {batch}; repeat or "
+                "reorder the cache (batch_repeat_interleave, reorder_cache), or start without one"
+            )
+    return before
 
 
 def packed(position_ids: Int[Tensor, "_ T"], batch: int) -> Int[Tensor, "B T"] | None:
