@@ -13,8 +13,8 @@ from typing import Literal, get_args
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from moduli.errors import UnknownNameError, nearest
-from moduli.models.stick_breaking import ops, reference
+from moduli.errors import ConfigError, UnknownNameError, nearest
+from moduli.models.stick_breaking import ops, reference, triton
 from moduli.models.stick_breaking.sight import Sight, check
 
 Backend = Literal["auto", "reference", "blocked", "triton"]
@@ -82,4 +82,12 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, backend: str) -> str:
         raise UnknownNameError(
             f"there is no backend {backend!r}. {nearest(backend, get_args(Backend))}"
         )
-    return "blocked" if backend == "auto" else backend
+    if backend not in ("auto", "triton"):
+        return backend
+    reason = triton.refuses(query, key, value)
+    if backend == "triton" and reason is not None:
+        raise ConfigError(
+            f"backend 'triton' cannot compute this: {reason}; 'auto' chooses one that can"
+        )
+    # Triton's interpreter is for trying the kernel, never for use.
+    return "triton" if reason is None and (query.is_cuda or backend == "triton") else "blocked"

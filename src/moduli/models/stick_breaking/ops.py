@@ -10,7 +10,6 @@ D width of keys, Dv width of values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from moduli.errors import UnsupportedError
 from moduli.experts.kernels.precision import fast_fp32
-from moduli.models.stick_breaking import blocked
+from moduli.models.stick_breaking import blocked, triton
 from moduli.models.stick_breaking.sight import Sight
 
 _OPERANDS = (
@@ -69,12 +68,7 @@ def _refuse_transforms() -> None:
         )
 
 
-def _backend(name: str) -> Any:
-    if name == "blocked":
-        return blocked
-    from moduli.models.stick_breaking import triton  # exists for a few systems only
-
-    return triton
+BACKENDS: dict[str, Any] = {"blocked": blocked, "triton": triton}
 
 
 @torch.library.impl("moduli::stick_breaking", "CompositeExplicitAutograd")
@@ -90,7 +84,7 @@ def _forward(
     backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = _backend(backend)
+    module = BACKENDS[backend]
     rows, sight = _rows(module, query, key, value, key_mask, segments, attend_current)
     kept = None
     if save:
@@ -109,7 +103,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, (B, heads, T, _), H = _inside(query), query.shape, key.shape[1]
     kept: tuple[Any, ...] = (0,)
     if save:
-        kept = _backend(args[8]).kept_shape(B * H, heads // H, T, key.shape[2])
+        kept = BACKENDS[args[8]].kept_shape(B * H, heads // H, T, key.shape[2])
     return (
         query.new_empty(B, heads, T, value.shape[3]),
         query.new_empty(B, heads, T, dtype=dtype),
@@ -133,7 +127,7 @@ def _backward(
     least: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = _backend(backend)
+    module = BACKENDS[backend]
     rows, sight = _rows(module, query, key, value, key_mask, segments, attend_current)
     group = rows[0].shape[:3]
     dout = rows[2].new_zeros(1).expand(*query.shape[:3], value.shape[3]) if dout is None else dout
@@ -169,9 +163,9 @@ def _rows(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Sight]:
     """Queries [R G T D], keys [R S D] and values [R S Dv] as the backend reads them."""
     B, H, S, _ = key.shape
-    dtype: Callable[[Tensor], torch.dtype] = _inside if module is blocked else lambda t: t.dtype
-    q = query.to(dtype(query)).reshape(B * H, query.shape[1] // H, *query.shape[2:])
-    k, v = (t.to(dtype(query)).reshape(B * H, *t.shape[2:]).contiguous() for t in (key, value))
+    dtype = _inside(query) if module is blocked else query.dtype
+    q = query.to(dtype).reshape(B * H, query.shape[1] // H, *query.shape[2:])
+    k, v = (t.to(dtype).reshape(B * H, *t.shape[2:]).contiguous() for t in (key, value))
     sight = Sight(query.shape[2], S, attend_current, key_mask, segments)
     return (q, k, v), sight.per_head(H)
 
