@@ -32,7 +32,7 @@ def could(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "find_spec", lambda name: None)
     x = rows()
-    with pytest.raises(ConfigError, match="the package triton is not installed.*'auto'"):
+    with pytest.raises(ConfigError, match=r"the package triton is not installed.*'auto'"):
         stick_breaking_attention(x, x, x, backend="triton")
 
 

@@ -87,7 +87,7 @@ def forward(
     left = tl.where(inside, 0.0, float("-inf"))
     acc = tl.zeros((QUERIES, VALUES), tl.float32)
     tiles = tl.cdiv(tl.max(limit, axis=0), KEYS)
-    for step in range(0, tiles):
+    for step in range(tiles):
         if tl.max(left, axis=0) > least:
             n = tiles - 1 - step
             if kept is not None:
@@ -130,7 +130,7 @@ def query_gradient(
     total = tl.load(rest + r * G * T + place, mask=inside, other=0.0)
     total *= tl.load(drest + r * G * T + place, mask=inside, other=0.0)
     acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-    for n in range(0, tl.cdiv(tl.max(limit, axis=0), KEYS)):
+    for n in range(tl.cdiv(tl.max(limit, axis=0), KEYS)):
         at = (n * R + r) * G * T + i
         share = tl.load(kept + at, mask=inside, other=0.0)
         if tl.max(share, axis=0) > 0:
