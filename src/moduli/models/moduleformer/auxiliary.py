@@ -20,6 +20,8 @@ from moduli.losses.mutual_information import (
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.inputs import real_tokens
 
+IGNORED = -100
+
 
 def auxiliary_loss(
     config: ModuleFormerConfig,
@@ -65,6 +67,25 @@ def balance_of(
     if config.aux_loss_type == "mi":
         return mutual_information_loss(statistics)
     return switch_z_loss(statistics)
+
+
+def share_of_step(
+    labels: Int[Tensor, "B T"], num_items_in_batch: Tensor | int | None, shift_labels: Tensor | None
+) -> Tensor | float:
+    """The part of an optimiser step's targets that are in this pass.
+
+    Trainer tells the targets of all passes of a step, and adds up their losses. What is a mean over
+    a pass counts by its share of them.
+
+    Args:
+        labels: before they are shifted.
+        num_items_in_batch: targets of the step; None if there is one pass.
+        shift_labels: the targets, if they were shifted elsewhere.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[:, 1:] if shift_labels is None else shift_labels
+    return (targets != IGNORED).sum() / num_items_in_batch
 
 
 def expert_load(

@@ -33,9 +33,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from moduli.errors import ConfigError
 from moduli.models.moduleformer.attention import ModuleFormerAttention, Tokens
-from moduli.models.moduleformer.auxiliary import auxiliary_loss, expert_load
+from moduli.models.moduleformer.auxiliary import auxiliary_loss, expert_load, share_of_step
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
+from moduli.models.moduleformer.files import check_weights
 from moduli.models.moduleformer.inputs import last_tokens, tokens_of
 from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers
 from moduli.models.moduleformer.routers import ModuleFormerRouter
@@ -156,6 +157,20 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, ModuleFormerRouter):
                 module.requires_grad_(not frozen)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """As of transformers, from safetensors only.
+
+        Raises:
+            CheckpointError: the weights are pickled, or a file is damaged.
+        """
+        source = pretrained_model_name_or_path
+        if source is not None:
+            check_weights(Path(source, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(source, *model_args, **kwargs | {"use_safetensors": True})
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *args: Any, **kwargs: Any
@@ -309,8 +324,9 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
         if told or weighted:
             aux_loss, total = auxiliary_loss(self.config, found, attention_mask)
-            if loss is not None:
-                loss = loss + total.to(loss.device)
+            if loss is not None and labels is not None:
+                items, shifted = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+                loss = loss + (share_of_step(labels, items, shifted) * total).to(loss.device)
         return ModuleFormerCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
@@ -326,6 +342,8 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
 
 class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
     """A label for a text, read off its last token."""
+
+    accepts_loss_kwargs = False  # its loss is a mean, which Trainer has to divide by the passes
 
     def __init__(self, config: ModuleFormerConfig) -> None:
         super().__init__(config)
