@@ -60,14 +60,14 @@ def forward(
         y = take("stick out", *q.shape[:2], value.shape[2], like=query).zero_()
         for n, keys in _right_to_left(sight.end(times.stop - 1), step):
             if kept is not None:
-                kept[n, rows, :, times] = left.view(-1, G, times.stop - times.start)
+                kept[n, rows, :, times] = left.unflatten(1, (G, -1))
             weights = _logits(q, key[rows, keys], sight, rows, keys, times)
             tiles.spend(weights, left)
             y.baddbmm_(weights.transpose(1, 2), value[rows, keys])
             if _nothing_left(left, least):
                 break
-        out[rows, :, times] = y.view(-1, G, times.stop - times.start, value.shape[2])
-        rest[rows, :, times] = left.view(-1, G, times.stop - times.start)
+        out[rows, :, times] = y.unflatten(1, (G, -1))
+        rest[rows, :, times] = left.unflatten(1, (G, -1))
     return out, rest
 
 
@@ -102,13 +102,12 @@ def backward(
         q = _columns("query", query[rows, :, times]).mul_(scale)
         dy = _columns("dout", dout[rows, :, times])
         dq = take("stick dquery", *q.shape, like=query).zero_()
-        before = take("stick before", *q.shape[:2], like=query).view(-1, *rest[0, :, times].shape)
-        torch.mul(rest[rows, :, times], drest[rows, :, times], out=before)
-        before = before.view(q.shape[:2])
+        before = take("stick before", *q.shape[:2], like=query)
+        before.unflatten(1, (G, -1)).copy_(rest[rows, :, times]).mul_(drest[rows, :, times])
         left = take("stick left", *q.shape[:2], like=query)
         for n, keys in reversed(list(_right_to_left(sight.end(times.stop - 1), step))):
-            left.view(-1, *rest[0, :, times].shape).copy_(kept[n, rows, :, times])
-            if _nothing_left(left, 0):
+            left.unflatten(1, (G, -1)).copy_(kept[n, rows, :, times])
+            if _nothing_left(left, 0.0):
                 continue
             k, v = key[rows, keys], value[rows, keys]
             weights = _logits(q, k, sight, rows, keys, times)
@@ -118,7 +117,7 @@ def backward(
             dvalue[rows, keys].baddbmm_(weights, dy)
             dkey[rows, keys].baddbmm_(slope, q)
             dq.baddbmm_(slope.transpose(1, 2), k)
-        dquery[rows, :, times] = dq.mul_(scale).view(-1, G, times.stop - times.start, q.shape[2])
+        dquery[rows, :, times] = dq.mul_(scale).unflatten(1, (G, -1))
     return dquery, dkey, dvalue
 
 
