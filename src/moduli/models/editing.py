@@ -32,7 +32,7 @@ def extend(model: Any, **settings: Any) -> Any:
         ModelError: there is no way to add experts to such a model.
         ConfigError: settings that cannot work.
     """
-    where = _where(model, "experts can be added to", "`moduli convert` makes experts of an FFN")
+    where = where_of(model, "extend")
     return import_module(f"{where}.growing").extend(model, **settings)
 
 
@@ -51,7 +51,7 @@ def prune(model: Any, use: Any, **settings: Any) -> Any:
         ModelError: there is no way to take experts out of such a model.
         ConfigError: settings that cannot work.
     """
-    where = _where(model, "experts can be taken out of", _SPLIT)
+    where = where_of(model, "prune")
     return import_module(f"{where}.pruning").prune(model, use, **settings)
 
 
@@ -72,13 +72,26 @@ def expert_use(model: Any, batches: Any, **settings: Any) -> Any:
     return import_module(f"{where}.usage").expert_use(model, batches, **settings)
 
 
-_INSPECT = "`moduli inspect` shows the load of others"
-_SPLIT = "`moduli compare --pruned` prunes models that moduli has split, and compares"
+_INSTEAD = {
+    "extend": "`moduli convert` makes experts of the FFNs of others",
+    "prune": "`moduli compare --pruned` prunes models that moduli has split, and compares",
+    "expert_use": "`moduli inspect` shows the load of others",
+}
 
 
-def _where(model: Any, what: str, instead: str) -> str:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+def where_of(model: Any, verb: str, name: str = "") -> str:
+    """The package with the functions for a kind of model.
+
+    Args:
+        model: anything with a `config`, or a configuration.
+        verb: that is asked for.
+        name: what the user calls the model.
+
+    Raises:
+        ModelError: there are none.
+    """
+    kind = getattr(getattr(model, "config", model), "model_type", None)
     if kind not in _KINDS:
-        given = type(model).__name__ + (f" ({kind})" if kind else "")
-        raise ModelError(f"{what} ModuleFormer models, and this is a {given}; {instead}")
+        given = f"{name or type(model).__name__} is {f'a {kind} model' if kind else 'none'}"
+        raise ModelError(f"{verb} is for ModuleFormer models, and {given}; {_INSTEAD[verb]}")
     return _KINDS[kind]

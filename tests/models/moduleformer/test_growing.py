@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import moduli
 from moduli.errors import ConfigError, ModelError, UnknownNameError
-from moduli.models.moduleformer.growing import (
+from moduli.models.moduleformer.growing import extend
+from moduli.models.moduleformer.grown import (
     closed,
-    extend,
     new_parameters,
     new_rows,
     settle,
@@ -329,7 +329,7 @@ def test_use_of_another_model_is_refused() -> None:
 
 
 def test_other_models_and_states_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM \(llama\).*moduli convert"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM is a llama model.*moduli convert"):
         moduli.extend(tiny.build("llama"), attention=1)
     model = small.build()
     for act in (train_only_new, lambda m: closed(m).__enter__()):

@@ -22,23 +22,24 @@ starts and the leakage are ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from moduli.errors import ConfigError, ModelError, UnknownNameError, nearest
+from moduli.errors import ConfigError, UnknownNameError, nearest
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
 from moduli.models.moduleformer.grown import (
-    Grown,
     GrownExpertLinear,
     GrownExperts,
     GrownRouter,
+    new_parameters,
+    settle,
     take_published_names,
+    train_only_new,
 )
 from moduli.models.moduleformer.leaking import LEAK, closing_rows, leaks
 from moduli.models.moduleformer.sublayers import (
@@ -89,20 +90,15 @@ class ExtendReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.new_attention} attention experts and {self.new_feed_forward} feed-forward "
-            f"experts added to each of {len(self.attention)} layers, start {self.start!r}"
+            f"added to each of {len(self.attention)} layers, start {self.start!r}:",
+            f"{_listed(self.attention)} attention experts, {self.new_attention} of them new",
+            f"{_listed(self.feed_forward)} feed-forward experts, {self.new_feed_forward} of them "
+            "new",
+            f"to be trained: {self.trainable:,} of {self.parameters:,} parameters, the new ones",
+            f"probability of new experts: {sum(self.leak) / len(self.leak):.2%} on average over "
+            "routers,",
+            f"{self.worst_leak:.2%} for the worst token ({self.measured_on})",
         ]
-        for title, counts in (("attention", self.attention), ("feed-forward", self.feed_forward)):
-            number = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
-            lines.append(f"{title} experts per layer: {number}")
-        lines.append(
-            f"to be trained: {self.trainable:,} of {self.parameters:,} parameters, all of them new"
-        )
-        lines.append(
-            f"probability that goes to new experts: {sum(self.leak) / len(self.leak):.2%} on "
-            f"average over routers, {self.worst_leak:.2%} for the worst token "
-            f"({self.measured_on})"
-        )
         return "\n".join(lines)
 
 
@@ -179,72 +175,9 @@ def extend(
     )
 
 
-def new_parameters(model: Any) -> list[nn.Parameter]:
-    """The new experts and rows of a model that is growing."""
-    return [new for module in _grown(model) for _, new in module.pairs()]
-
-
-def new_rows(model: Any) -> list[nn.Parameter]:
-    """The new rows of the routers of a model that is growing."""
-    return [module.rows for module in _grown(model) if isinstance(module, GrownRouter)]
-
-
-def train_only_new(model: Any) -> None:
-    """Freeze all parameters but those of new experts and their rows; `extend` does it too.
-
-    Raises:
-        ModelError: the model is not growing.
-    """
-    new = set(new_parameters(model))
-    if not new:
-        raise ModelError(_NOT_GROWING)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in new)
-        if parameter not in new:
-            parameter.grad = None  # an optimiser that was made before would act on it
-
-
-def settle(model: Any) -> None:
-    """Make ordinary modules of a model that is growing, in place; all parameters train again.
-
-    Parameters and routing are the same bit for bit. Experts give the same up to the order in
-    which the outputs of a token's experts are summed. A model that is not growing is left alone.
-    """
-    found = [(path, m) for path, m in model.named_modules() if isinstance(m, Grown)]
-    for path, module in found:
-        model.set_submodule(path, module.settled())
-    if found:
-        model.requires_grad_(True)
-
-
-@contextmanager
-def closed(model: Any) -> Iterator[None]:
-    """While inside, new experts have logits of minus infinity: the function is the old one.
-
-    Raises:
-        ModelError: the model is not growing.
-    """
-    routers = [module for module in _grown(model) if isinstance(module, GrownRouter)]
-    if not routers:
-        raise ModelError(_NOT_GROWING)
-    before = [router.closed for router in routers]
-    try:
-        for router in routers:
-            router.closed = True
-        yield
-    finally:
-        for router, was in zip(routers, before, strict=True):
-            router.closed = was
-
-
-_NOT_GROWING = (
-    "no experts are being added to this model: extend(model, ...) does, and settle(model) or "
-    "saving and loading ends it, after which new and old experts are the same"
-)
-
-
-def _grown(model: Any) -> Iterable[Any]:
-    return (module for module in model.modules() if isinstance(module, Grown))
+def _listed(counts: Sequence[int]) -> str:
+    """One number where all are equal."""
+    return ", ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def _check(

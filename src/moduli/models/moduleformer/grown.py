@@ -8,7 +8,9 @@ under its ordinary name: checkpoints of a model that is growing are ordinary one
     GrownExperts        feed-forward experts, on transformers' experts contract
     GrownRouter         a router of any type with more rows
 
-Each holds the `old` module, which `settled` gives back with all parts in it.
+Each holds the `old` module, which `settled` gives back with all parts in it. The functions at the
+end say in which state a whole model is: growing with new experts open, growing with them closed, or
+settled.
 Letters: T tokens, D width, E experts, N new ones among them, K experts per token.
 Source: ModuleFormer (arXiv 2306.04640); the published code has no code for growing.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moduli.errors import ModelError
 from moduli.experts.kernels.order import Order
 from moduli.experts.linear import routed_linear
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
@@ -199,3 +203,71 @@ class GrownRouter(Router, Grown):
     def settled(self) -> nn.Module:
         self.old.num_experts = self.num_experts
         return super().settled()
+
+
+def new_parameters(model: Any) -> list[nn.Parameter]:
+    """The new experts and rows of a model that is growing."""
+    return [new for module in _grown(model) for _, new in module.pairs()]
+
+
+def new_rows(model: Any) -> list[nn.Parameter]:
+    """The new rows of the routers of a model that is growing."""
+    return [module.rows for module in _grown(model) if isinstance(module, GrownRouter)]
+
+
+def train_only_new(model: Any) -> None:
+    """Freeze all parameters but those of new experts and their rows; `extend` does it too.
+
+    Raises:
+        ModelError: the model is not growing.
+    """
+    new = set(new_parameters(model))
+    if not new:
+        raise ModelError(_NOT_GROWING)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in new)
+        if parameter not in new:
+            parameter.grad = None  # an optimiser that was made before would act on it
+
+
+def settle(model: Any) -> None:
+    """Make ordinary modules of a model that is growing, in place; all parameters train again.
+
+    Parameters and routing are the same bit for bit. Experts give the same up to the order in
+    which the outputs of a token's experts are summed. A model that is not growing is left alone.
+    """
+    found = [(path, m) for path, m in model.named_modules() if isinstance(m, Grown)]
+    for path, module in found:
+        model.set_submodule(path, module.settled())
+    if found:
+        model.requires_grad_(True)
+
+
+@contextmanager
+def closed(model: Any) -> Iterator[None]:
+    """While inside, new experts have logits of minus infinity: the function is the old one.
+
+    Raises:
+        ModelError: the model is not growing.
+    """
+    routers = [module for module in _grown(model) if isinstance(module, GrownRouter)]
+    if not routers:
+        raise ModelError(_NOT_GROWING)
+    before = [router.closed for router in routers]
+    try:
+        for router in routers:
+            router.closed = True
+        yield
+    finally:
+        for router, was in zip(routers, before, strict=True):
+            router.closed = was
+
+
+_NOT_GROWING = (
+    "no experts are being added to this model: extend(model, ...) does, and settle(model) or "
+    "saving and loading ends it, after which new and old experts are the same"
+)
+
+
+def _grown(model: Any) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, Grown))

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from moduli.errors import ConfigError, UnknownNameError, nearest
-from moduli.models.moduleformer.growing import settle
+from moduli.models.moduleformer.grown import settle
 from moduli.models.moduleformer.sublayers import (
     FIELDS,
     ROWS,
@@ -30,6 +30,7 @@ from moduli.models.moduleformer.sublayers import (
     Kind,
     Sublayer,
     decoder_of,
+    expert_counts,
     is_uniform,
     put_parameter,
     require_plain,
@@ -97,9 +98,8 @@ class ModuleFormerPruneReport:
         ]
         for r in self.routers:
             lines.append(
-                f"{r.kind.replace('_', '-')} {r.layer}: {len(r.kept)} of {r.experts} experts kept, "
-                f"{r.dropped_mass:.1%} of the probability and {r.dropped_choices:.1%} of the "
-                "choices dropped"
+                f"{r.kind.replace('_', '-')} {r.layer}: {len(r.kept)} of {r.experts} kept; dropped "
+                f"{r.dropped_mass:.1%} of probability, {r.dropped_choices:.1%} of choices"
             )
         lines.append(f"dropped probability, mean over routers: {self.dropped_mass:.2%}")
         if not self.uniform:
@@ -114,7 +114,7 @@ def prune(
     model: Any,
     use: ExpertUse,
     *,
-    keep: float | None = None,
+    keep: int | float | None = None,
     by: By = "frequency",
     per_layer: bool = False,
     threshold: float | None = None,
@@ -140,8 +140,7 @@ def prune(
     """
     if by not in get_args(By):
         raise UnknownNameError(f"by is {by!r}. {nearest(by, get_args(By))}")
-    if (keep is None) == (threshold is None):
-        raise ConfigError("give exactly one of keep and threshold, such as keep=0.5")
+    check_keep(model, keep, threshold)
     decoder = decoder_of(model)
     settle(model)
     parts = sublayers(model)
@@ -169,11 +168,27 @@ def prune(
     )
 
 
+def check_keep(model: Any, keep: int | float | None, threshold: float | None) -> None:
+    """Raise what `prune` would, before the use of experts has been measured.
+
+    Raises:
+        ModelError: the model is no ModuleFormer.
+        ConfigError: fewer than K experts, or both or neither of `keep` and `threshold`.
+    """
+    config = decoder_of(model).config
+    if (keep is None) == (threshold is None):
+        raise ConfigError("give exactly one of keep and threshold, such as keep=0.5")
+    if keep is not None:
+        for kind, field in FIELDS.items():
+            for experts in expert_counts(config, kind):
+                _number(kind, keep, experts, getattr(config, f"k_{field}"))
+
+
 def _choose(
     kind: Kind,
     scores: list[tuple[float, ...]],
     top_k: int,
-    keep: float | None,
+    keep: int | float | None,
     per_layer: bool,
     threshold: float | None,
 ) -> list[list[int]]:
@@ -191,7 +206,7 @@ def _choose(
     return [sorted(order[:n]) for order, n in zip(ranked, numbers, strict=True)]
 
 
-def _number(kind: Kind, keep: float, experts: int, top_k: int) -> int:
+def _number(kind: Kind, keep: int | float, experts: int, top_k: int) -> int:
     """How many experts of a layer stay.
 
     Raises:
@@ -241,12 +256,12 @@ def _cut(part: Sublayer, kept: list[int], rows: str) -> None:
 
 def _report(router: RouterUse, kept: list[int]) -> PrunedRouter:
     gone = set(range(len(router.frequency))) - set(kept)
-    choices = sum(router.frequency)
+    choices = math.fsum(router.frequency)
     return PrunedRouter(
         kind=router.kind,
         layer=router.layer,
         kept=tuple(kept),
         experts=len(router.frequency),
-        dropped_mass=sum(router.probability[e] for e in gone),
-        dropped_choices=sum(router.frequency[e] for e in gone) / choices,
+        dropped_mass=math.fsum(router.probability[e] for e in gone),
+        dropped_choices=math.fsum(router.frequency[e] for e in gone) / choices,
     )

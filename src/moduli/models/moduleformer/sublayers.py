@@ -72,8 +72,7 @@ def decoder_of(model: Any) -> Any:
         )
     if not isinstance(config, ModuleFormerConfig) or not hasattr(model, "base_model"):
         raise ModelError(
-            f"{type(model).__name__} is no ModuleFormer, whose experts can be added and removed; "
-            "models that moduli has split are pruned by `moduli compare --pruned`"
+            f"{type(model).__name__} is no ModuleFormer, whose experts can be added and removed"
         )
     return model.base_model
 
