@@ -2,7 +2,6 @@
 
 As with other runs (`moduli.study.run`), work in flight is in a hidden directory beside the final
 one, which appears by one rename; a run that was killed goes on from its last checkpoint.
-Letters: E experts.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from moduli.data.task import Task
 from moduli.errors import CheckpointError, ConfigError, DataError
 from moduli.study.environment import hardware, versions
 from moduli.study.inflight import disk_named, locked, partial_of, sweep
+from moduli.study.language import KIND, domain_scores, expert_shares
 from moduli.study.records import write_json
 from moduli.study.spec import hash_task, plain
 from moduli.training.architectures import (
@@ -33,14 +34,10 @@ from moduli.training.architectures import (
     fresh_config,
     fresh_model,
 )
-from moduli.training.kinds.base import get_kind
 from moduli.training.settings import FinetuneSettings
 from moduli.version import __version__
 
 RECORD = "pretraining.json"
-KIND = "language-modeling"
-LOAD_BATCHES = 8
-"""Batches of every domain from which the load of the experts is read."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,6 @@ def _work(
     from transformers import set_seed
 
     from moduli.training.finetune import finetune
-    from moduli.training.own_losses import own_losses
 
     parts: list[Any] = [task.domains[name].train for name in spec.train_domains]
     rows = concatenate_datasets(parts)
@@ -207,7 +203,7 @@ def _work(
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     set_seed(spec.seed)
-    with own_losses(model, spec.settings.gradient_accumulation_steps):
+    with _ours(model, spec.settings.gradient_accumulation_steps):
         result = finetune(
             model,
             tokenizer,
@@ -246,6 +242,24 @@ def _work(
     return record
 
 
+@contextmanager
+def _ours(model: Any, passes: int) -> Iterator[None]:
+    """What training has to know of a ModuleFormer: its losses, and the names in checkpoints."""
+    if model.config.model_type != "moduleformer":
+        yield
+        return
+    from moduli.models.moduleformer.grown import take_published_names
+    from moduli.models.moduleformer.own_losses import own_losses
+
+    # The Trainer loads a checkpoint without the renaming that `from_pretrained` does.
+    hook = model.register_load_state_dict_pre_hook(take_published_names)
+    try:
+        with own_losses(model, passes):
+            yield
+    finally:
+        hook.remove()
+
+
 def _tokenizer(spec: PretrainSpec, rows: Any, directory: Path) -> Any:
     """Learnt once, so that a run that goes on has the one that its checkpoints were trained by."""
     from transformers import AutoTokenizer
@@ -260,50 +274,6 @@ def _tokenizer(spec: PretrainSpec, rows: Any, directory: Path) -> Any:
         os.rename(new, directory)
     load: Any = AutoTokenizer.from_pretrained
     return load(directory)
-
-
-def domain_scores(model: Any, tokenizer: Any, rows: Any, max_length: int) -> dict[str, float]:
-    """Scores of the language model on rows, with bits per byte, which do not depend on the
-    tokenizer where it predicts every token of a text.
-
-    Args:
-        model: a causal language model.
-        tokenizer: of it.
-        rows: with a column "text".
-        max_length: tokens that it sees at once.
-    """
-    from moduli.training.finetune import evaluate
-
-    found = evaluate(model, tokenizer, rows, kind=KIND, max_length=max_length).to_dict()
-    count = sum(len(text.encode()) for text in rows["text"])
-    return {**found, "bits_per_byte": found["loss"] * found["n"] / math.log(2) / count}
-
-
-def expert_shares(
-    model: Any, tokenizer: Any, tests: list[Any], max_length: int
-) -> dict[str, list[float]]:
-    """Share [E] of the tokens' choices that every expert has, by router; {} for a dense model.
-
-    Args:
-        model: a causal language model.
-        tokenizer: of it.
-        tests: tables of rows with texts.
-        max_length: tokens that it sees at once.
-    """
-    from moduli.training.finetune import batches_of
-
-    if not hasattr(model.config, "output_router_logits"):
-        return {}
-    totals: list[Any] = []
-    for rows in tests:
-        _, batches = batches_of(get_kind(KIND), model, tokenizer, rows, max_length)
-        for _, (_, batch) in zip(range(LOAD_BATCHES), batches, strict=False):
-            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
-            with torch.no_grad():
-                load = model.eval()(**inputs, output_router_logits=True).router_load
-            totals = [a + b for a, b in zip(totals, load, strict=True)] if totals else list(load)
-    names = [f"{i}.{part}" for i in range(len(totals) // 2) for part in ("attention", "ffn")]
-    return {name: (total / total.sum()).tolist() for name, total in zip(names, totals, strict=True)}
 
 
 def _same(path: Path, spec: PretrainSpec) -> bool:

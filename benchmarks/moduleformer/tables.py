@@ -1,0 +1,253 @@
+"""Put the tables on ModuleFormer's claims into the page that quotes them.
+
+    python benchmarks/moduleformer/tables.py            writes what is between the markers
+    python benchmarks/moduleformer/tables.py --check    exits 1 if something there is not up to date
+
+A place is `<!-- moduleformer:CLAIM -->` ... `<!-- /moduleformer -->`; its content is made from the
+records in benchmarks/results/moduleformer/CLAIM/, which study.py writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moduli.study.statistics import paired_difference, summarise
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "moduleformer"
+PAGES = ("docs/methods/moduleformer.md",)
+PLACE = re.compile(r"(<!-- moduleformer:([\w-]+) -->\n).*?(<!-- /moduleformer -->)", re.DOTALL)
+
+Records = dict[str, dict[int, dict[str, Any]]]
+"""By arm, in the order of the plan, and seed."""
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--root", type=Path, default=RESULTS, help="print the tables of these")
+    args = parser.parse_args()
+    if args.root != RESULTS:
+        for claim in TABLES:
+            print(markdown(claim, args.root))
+        return 0
+    stale = []
+    for page in (ROOT / name for name in PAGES):
+        old = page.read_text(encoding="utf-8")
+        new = filled(old)
+        if new != old:
+            stale.append(str(page.relative_to(ROOT)))
+            if not args.check:
+                page.write_text(new, encoding="utf-8")
+    if args.check and stale:
+        sys.stderr.write(
+            f"not up to date: {', '.join(stale)}; run python benchmarks/moduleformer/tables.py\n"
+        )
+        return 1
+    return 0
+
+
+def filled(text: str) -> str:
+    """The text with every place filled anew."""
+    return PLACE.sub(lambda place: f"{place[1]}{markdown(place[2], RESULTS)}{place[3]}", text)
+
+
+def markdown(claim: str, root: Path) -> str:
+    """The table of a claim, and the command."""
+    found = read(root / claim)
+    command = f"`python benchmarks/moduleformer/study.py {claim}`"
+    if not found:
+        return f"No run is finished yet; {command} does them.\n"
+    rows, note = TABLES[claim](found, root)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, f"|---|{'--:|' * (len(rows[0]) - 1)}")
+    seeds = max(map(len, found.values()))
+    ends = f"Mean ± standard deviation over {seeds} seeds, paired difference with its 95 % interval"
+    return "\n".join([*lines, "", f"{note} {ends}. {command}", ""])
+
+
+def read(directory: Path) -> Records:
+    """The records of a claim, arms in the order of the plan."""
+    found: Records = {}
+    paths = [path for path in directory.glob("*.json") if path.name != "speed.json"]
+    for path in sorted(paths):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        run = data["run"]
+        found.setdefault(run["arm"]["label"], {})[run["seed"]] = data["found"]
+    return {label: found[label] for label in sorted(found, key=_place(directory.name))}
+
+
+def efficiency(found: Records, root: Path) -> tuple[list[list[str]], str]:
+    """Bits per byte over all genres, parameters, and speeds."""
+    path = root / "efficiency" / "speed.json"
+    speed = json.loads(path.read_text(encoding="utf-8"))["found"] if path.is_file() else {}
+    bits = {
+        label: {seed: pooled(record["scores"]) for seed, record in runs.items()}
+        for label, runs in found.items()
+    }
+    first, *others = bits
+    rows = [["model", "parameters", "active", "bits per byte", "difference", "training", "reading"]]
+    for label, values in bits.items():
+        one = next(iter(found[label].values()))
+        times = [f"{speed[label][k]:.2f}" if speed else "" for k in ("training", "reading")]
+        rows.append(
+            [
+                label,
+                f"{one['parameters'] / 1e6:.2f} M",
+                f"{one['active_parameters'] / 1e6:.2f} M",
+                spread(values),
+                "" if label == first else difference(values, bits[first]),
+                *times,
+            ]
+        )
+    nearest = min(others, key=lambda name: abs(_mean(bits[name]) - _mean(bits[first])))
+    return rows, (
+        f"Of the dense models the one whose loss is nearest to that of the {first} is: {nearest}. "
+        "Active: parameters of the blocks that a token uses. Training and reading: tokens per "
+        f"second over those of the {first}. Difference: to the {first}; lower is better."
+    )
+
+
+def extension(found: Records, root: Path) -> tuple[list[list[str]], str]:
+    """Change of bits per byte on the new and the old language."""
+    learned = {
+        label: {seed: change(record, _learns(label)) for seed, record in runs.items()}
+        for label, runs in found.items()
+    }
+    first = next(iter(found))
+    rows = [
+        [
+            "model", "trained parameters", "new language", "after", "old language",
+            f"difference to {first}, new", "old",
+        ]
+    ]  # fmt: skip
+    for label, runs in found.items():
+        new, after, old = ({s: v[i] for s, v in learned[label].items()} for i in range(3))
+        against = ["", ""]
+        if label != first:
+            base = learned[first]
+            # how well the new language is known after, and how much of the old one was lost
+            against = [
+                difference(after, {s: v[1] for s, v in base.items()}),
+                difference(old, {s: v[2] for s, v in base.items()}),
+            ]
+        trainable = next(iter(runs.values()))["trainable"]
+        cells = [spread(new, signed=True), spread(after), spread(old, signed=True)]
+        rows.append([label, f"{trainable / 1e6:.2f} M", *cells, *against])
+    return rows, (
+        "Bits per byte: change on the new language, its level after, and change on the old one; "
+        "lower is better, and more than 0 on the old language is forgetting."
+    )
+
+
+def specialisation(found: Records, root: Path) -> tuple[list[list[str]], str]:
+    """Bits per byte on the genre by the share of experts that is kept."""
+    first = next(iter(found))
+    keeps = list(next(iter(found[first].values()))["kept"])
+
+    def bits(label: str, keep: str) -> dict[int, float]:
+        return {
+            seed: record["kept"][keep]["scores"][_learns(label)]["bits_per_byte"]
+            for seed, record in found[label].items()
+        }
+
+    rows = [["tuned with", "experts kept", "bits per byte", f"difference to {first}", "dropped"]]
+    for label, runs in found.items():
+        for keep in keeps:
+            dropped = _mean({s: record["kept"][keep]["dropped"] for s, record in runs.items()})
+            against = "" if label == first else difference(bits(label, keep), bits(first, keep))
+            rows.append(
+                [
+                    label,
+                    f"{100 * float(keep):.0f} %",
+                    spread(bits(label, keep)),
+                    against,
+                    f"{100 * dropped:.1f} %",
+                ]
+            )
+    return rows, (
+        "Bits per byte on held-out text of the genre. Dropped: probability of the experts that "
+        "are gone, before they went, mean over routers."
+    )
+
+
+TABLES = {"efficiency": efficiency, "extension": extension, "specialisation": specialisation}
+
+
+def pooled(scores: Mapping[str, Mapping[str, float]]) -> float:
+    """Bits per byte over the texts of all domains."""
+    nats = math.fsum(s["loss"] * s["n"] for s in scores.values())
+    count = math.fsum(
+        s["loss"] * s["n"] / math.log(2) / s["bits_per_byte"] for s in scores.values()
+    )
+    return nats / math.log(2) / count
+
+
+def change(record: Mapping[str, Any], new: str) -> tuple[float, float, float]:
+    """Change of bits per byte on the new language, the level after, and the change on the old."""
+    before, after = record["before"], record["kept"]["1.0"]["scores"]
+    (old,) = set(after) - {new}
+    level = after[new]["bits_per_byte"]
+    return (
+        level - before[new]["bits_per_byte"],
+        level,
+        after[old]["bits_per_byte"] - before[old]["bits_per_byte"],
+    )
+
+
+def spread(values: Mapping[int, float], *, signed: bool = False) -> str:
+    """A mean with its standard deviation, if there is one."""
+    summary = summarise(values)
+    mean = number(summary.mean, signed=signed)
+    return mean if summary.sd is None else f"{mean} ± {summary.sd:.3f}"
+
+
+def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> str:
+    """A paired difference with its interval."""
+    found = paired_difference(values, baseline)
+    if found is None:
+        return ""
+    mean = number(found.mean, signed=True)
+    if found.interval is None:
+        return mean
+    return f"{mean} ({' to '.join(number(end, signed=True) for end in found.interval)})"
+
+
+def number(value: float, *, signed: bool = False) -> str:
+    """Three decimals, and a real minus sign."""
+    return f"{value:+.3f}".replace("-", "−") if signed else f"{value:.3f}"
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return math.fsum(values.values()) / len(values)
+
+
+def _arms(claim: str) -> dict[str, Any]:
+    import importlib
+
+    plans = importlib.import_module(f"{__package__}.plans" if __package__ else "plans")
+    return {arm.label: arm for arm in plans.CLAIMS[claim]}
+
+
+def _place(claim: str) -> Any:
+    order = list(_arms(claim))
+    return lambda label: order.index(label)
+
+
+def _learns(label: str) -> str:
+    for claim in ("extension", "specialisation"):
+        if label in (arms := _arms(claim)):
+            return str(arms[label].learns)
+    raise KeyError(label)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
