@@ -66,13 +66,15 @@ def stick_breaking_attention(
         UnknownNameError: there is no such backend.
     """
     check(query, key, value, key_mask, segments, early_exit)
-    sight = Sight(query.shape[2], key.shape[2], attend_current, key_mask, segments)
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     name = _chosen(query, key, value, backend)
     if name == "reference":
+        sight = Sight(query.shape[2], key.shape[2], attend_current, key_mask, segments)
         out, rest = reference.attention(query, key, value, sight, scale)
     else:
-        out, rest = ops.run(query, key, value, sight, scale, early_exit or 0.0, name)
+        out, rest = ops.run(
+            query, key, value, key_mask, segments, scale, attend_current, early_exit or 0.0, name
+        )
     out = out.to(query.dtype)
     return (out, rest.to(query.dtype)) if return_remainder else out
 
@@ -82,12 +84,12 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, backend: str) -> str:
         raise UnknownNameError(
             f"there is no backend {backend!r}. {nearest(backend, get_args(Backend))}"
         )
-    if backend not in ("auto", "triton"):
-        return backend
+    # Triton's interpreter is for trying the kernel, never for use.
+    if backend not in ("auto", "triton") or (backend == "auto" and not query.is_cuda):
+        return "blocked" if backend == "auto" else backend
     reason = triton.refuses(query, key, value)
     if backend == "triton" and reason is not None:
         raise ConfigError(
             f"backend 'triton' cannot compute this: {reason}; 'auto' chooses one that can"
         )
-    # Triton's interpreter is for trying the kernel, never for use.
-    return "triton" if reason is None and (query.is_cuda or backend == "triton") else "blocked"
+    return "triton" if reason is None else "blocked"

@@ -38,8 +38,10 @@ def run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sight: Sight,
+    key_mask: Tensor | None,
+    segments: Tensor | None,
     scale: float,
+    attend_current: bool,
     least: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -48,9 +50,8 @@ def run(
     _refuse_transforms()
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     out, rest, _ = torch.ops.moduli.stick_breaking(
-        query, key, value, sight.key_mask, sight.segments, scale, sight.attend_current, least,
-        backend, save,
-    )  # fmt: skip
+        query, key, value, key_mask, segments, scale, attend_current, least, backend, save
+    )
     return out, rest
 
 

@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why Triton cannot compute these, or None."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "the package triton is not installed"
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
@@ -47,6 +47,14 @@ def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if max(query.shape[3], value.shape[3]) > WIDEST:
         return f"rows are wider than {WIDEST}"
     return None
+
+
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+# `torch.compile` asks, and does not look at how a package is found (see `experts.kernels.native`).
+_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kept_shape(rows: int, group: int, times: int, keys: int) -> tuple[int, int, int, int]:
