@@ -27,6 +27,8 @@ COMMANDS = {
     "convert": "turn a dense model into a modular one, or show what would be converted",
     "merge": "turn a modular model into an ordinary dense checkpoint",
     "export": "write a modular decoder as a stock mixture-of-experts checkpoint",
+    "extend": "new experts for a mixture-of-experts model, beside old ones that stay",
+    "prune": "a mixture-of-experts model without the experts that data hardly uses",
     "compose": "several fine-tunes of one base as one MoE checkpoint",
     "fetch": "real models and data by name, from package registries",
     "methods": "the methods and their settings",

@@ -66,9 +66,7 @@ def expert_use(model: Any, batches: Any, **settings: Any) -> Any:
     Raises:
         ModelError: this cannot be measured for such a model.
     """
-    where = _where(
-        model, "the use of experts is measured of", "`moduli inspect` shows it of others"
-    )
+    where = where_of(model, "expert_use")
     return import_module(f"{where}.usage").expert_use(model, batches, **settings)
 
 

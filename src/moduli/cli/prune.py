@@ -1,0 +1,71 @@
+"""`moduli prune`: experts that given data hardly uses are cut out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moduli.cli.options import Data, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Data):
+    """Cut out the experts of a ModuleFormer that a task uses least.
+
+    The use is measured on the training rows of all domains of the task (--domains names them),
+    and the model is tested on their test rows before and after. With the same number of experts
+    in every layer, the result is an ordinary checkpoint of the published format.
+
+    examples:
+      moduli prune --model runs/mf --out runs/mf-half --data brown --domains news --keep 0.5
+      moduli prune --model runs/mf --out runs/mf-small --data jsonl:notes.jsonl --keep 0.25 \\
+        --by mass --per-layer
+    """
+
+    model: str
+    """Directory of a ModuleFormer, or a Hugging Face name."""
+    out: Path
+    """Directory to write."""
+    keep: float | None = None
+    """Share of the experts that stays, or above 1 their number in a layer; for attention experts
+    and for feed-forward experts."""
+    threshold: float | None = None
+    """Instead of --keep: experts stay whose frequency (or mass) is not below it; their number
+    differs by layer."""
+    by: Literal["frequency", "mass"] = "frequency"
+    """Rank experts by how often they are chosen, or by the probability with which they are."""
+    per_layer: bool = False
+    """Rank the experts of all layers together, so that some layers keep more than others. moduli
+    loads such a model, the published code cannot."""
+    max_length: int = 256
+    """Longest text in tokens; longer ones are cut into pieces."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("prune", Prune, argv)
+    from moduli.cli.edited import load_task_for, score_changes
+    from moduli.cli.output import Output
+    from moduli.study.editing import prune_directory
+    from moduli.surgery.files import check_target
+
+    output = Output(args.json)
+    check_target(args.out)
+    task = load_task_for(args, args.model, "prune", output)
+    record, report = prune_directory(
+        args.model,
+        args.out,
+        task,
+        keep=args.keep,
+        by=args.by,
+        per_layer=args.per_layer,
+        threshold=args.threshold,
+        max_length=args.max_length,
+        tell=output.note,
+    )
+    output.data({"directory": str(args.out), **record})
+    output.text(str(report), "", score_changes(record, task.kind))
+    output.text("", f"written to {args.out}")
+    return 0

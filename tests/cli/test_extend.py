@@ -1,0 +1,143 @@
+"""`moduli extend`: what is written is the old model with more experts, and only they learnt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from moduli.cli import main
+from tests.cli import editing
+
+Run = Callable[..., Any]
+FAST = ["--max-steps", "6", "--batch-size", "8", "--max-length", "32", "--bf16", "False"]
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return editing.write_model(tmp_path_factory.mktemp("models") / "old")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return editing.task_options(tmp_path_factory.mktemp("texts"))
+
+
+def tensors(directory: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def test_without_data_experts_are_added_and_nothing_is_trained(
+    old: str, tmp_path: Path, run_json: Run
+) -> None:
+    out = tmp_path / "grown"
+    options = ["--attention", "1", "--feed-forward", "3", "--start", "closed"]
+    done = run_json("extend", "--json", "--model", old, "--out", str(out), *options)
+    assert done["steps"] == 0
+    assert done["report"]["attention"] == [5, 5]
+    assert max(done["report"]["leak"]) < 0.01
+    before, after = tensors(old), tensors(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(t, after[name][: len(t)]) for name, t in before.items())
+    ids = torch.tensor([[2, 5, 6, 7]])
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (old, out)]
+    with torch.no_grad():
+        one, other = (model(ids).logits for model in models)
+    assert models[1].config.n_mlp_experts == 8
+    assert torch.allclose(one, other, atol=0.1)
+
+
+def test_new_experts_learn_and_old_tensors_are_in_the_files_bit_for_bit(
+    old: str, texts: list[str], tmp_path: Path, run_json: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--model", old, "--attention", "1", "--feed-forward", "2", *FAST, *texts]
+    domains = ["--train-domain", "shop", "--replay-domain", "film", "--leakage", "1"]
+    rate = ["--learning-rate", "0.03", "--start", "copy", "--noise", "0.01", "--rows", "0.001"]
+    path = tmp_path / "grown"
+    done = run_json("extend", "--json", *out, *domains, *rate, "--out", str(path))
+    assert done["steps"] == 6
+    assert done["train_domains"] == ["shop"]
+    assert done["after"]["shop"]["loss"] < done["before"]["shop"]["loss"]
+    before, after = tensors(old), tensors(path)
+    assert all(torch.equal(t, after[name][: len(t)]) for name, t in before.items())
+    assert done["unchanged_tensors"] == len(
+        [n for n in before if "mask" not in n and "cum" not in n]
+    )
+    assert json.loads((path / "extension.json").read_text())["after"] == done["after"]
+    again = run_json(
+        "eval", "--json", "--dense", "--model", str(path), *texts, "--max-length", "32"
+    )
+    assert again["scores"] == done["after"]
+    capsys.readouterr()
+    assert main(["extend", *out, "--out", str(tmp_path / "shown")]) == 0
+    captured = capsys.readouterr()
+    assert max(map(len, captured.out.splitlines())) <= 80 + len(str(tmp_path))
+    assert "perplexity" in captured.out
+    assert "bit for" in captured.out
+    assert "step 6/6" in captured.err
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_written(
+    old: str, texts: list[str], tmp_path: Path, fails: Run
+) -> None:
+    out = ["--out", str(tmp_path / "grown")]
+    model = ["--model", old]
+    assert "add 1 or more" in fails(2, "extend", *model, *out)
+    assert "-2 attention" in fails(2, "extend", *model, *out, "--attention", "-2")
+    assert "Did you mean 'film'" in fails(
+        2, "extend", *model, *out, "--attention", "1", *texts, "--replay-domain", "fim"
+    )
+    leak = ["--attention", "1", "--leakage", "1"]
+    assert "--replay-domain" in fails(2, "extend", *model, *out, *texts, *leak)
+    assert "--data" in fails(2, "extend", *model, *out, "--attention", "1", "--rows", "1")
+    lora = ["--attention", "1", "--trains", "lora"]
+    assert "only new experts" in fails(2, "extend", *model, *out, *texts, *lora)
+    assert "minilm is a bert model" in fails(
+        3, "extend", "--model", "minilm", *out, "--attention", "1"
+    )
+    assert "no model './nowhere'" in fails(
+        4, "extend", "--model", "./nowhere", *out, "--attention", "1"
+    )
+    assert not list(tmp_path.iterdir())
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert "not written by moduli" in fails(
+        4, "extend", *model, "--out", str(mine), "--attention", "1"
+    )
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+
+
+def test_stopped_in_training_it_leaves_nothing_behind(
+    old: str, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moduli.study.editing.finetune", interrupted)
+    out = ["--out", str(tmp_path / "grown"), "--attention", "1"]
+    assert main(["extend", "--model", old, *out, *texts, *FAST]) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_that_would_have_changed_is_found(
+    old: str, tmp_path: Path, fails: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moduli.models.moduleformer import grown
+
+    def careless(model: Any) -> None:
+        grown.settle(model)
+        with torch.no_grad():
+            model.transformer.h[1].mlpf.experts.down_proj[4, 0, 0] += 1e-7
+
+    monkeypatch.setattr("moduli.study.editing.settle", careless)
+    out = ["--out", str(tmp_path / "grown"), "--attention", "1"]
+    line = fails(4, "extend", "--model", old, *out)
+    assert "transformer.h.1.mlpf.experts.down_proj" in line
+    assert not list(tmp_path.iterdir())
