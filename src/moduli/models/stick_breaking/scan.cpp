@@ -3,9 +3,9 @@
 //
 // A tile is [rows][keys][columns], a column being one query. Neighbouring columns are neighbours in
 // memory, so a step from one key to the next is done for a strip of queries at once. What is left
-// of a stick is carried in float64: it is a product over all keys, and thousands of roundings of
-// numbers next to 1 would show in float32. Plain C++ (GNU vector types, OpenMP), without PyTorch's
-// headers.
+// of a stick is a product over all keys: small shares are subtracted, since thousands of factors
+// next to 1, each rounded and perhaps all alike, would show. Plain C++ (GNU vector types, OpenMP),
+// without PyTorch's headers.
 
 #include <algorithm>
 #include <cstdint>
@@ -65,8 +65,7 @@ INLINE void shares(vf z, vf& share, vf& rest) {
   rest = z < -87.f ? vf{} + 1.f : rest;
 }
 
-// What is left after a share is taken. A small share is subtracted, since its complement is
-// rounded.
+// What is left after a share is taken.
 INLINE vf after(vf left, vf share, vf rest) {
   vf next = share < 0.5f ? left - left * share : left * rest;
   return next < NOTHING ? vf{} : next;
