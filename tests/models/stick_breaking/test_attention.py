@@ -265,3 +265,13 @@ def test_decoding_reads_no_further_than_it_must(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tiles, "spend", lambda z, left: (seen.append(z.shape[1]), spend(z, left)))
     stick_breaking_attention(q * 0, k, v, early_exit=1e-6)
     assert sum(seen) < 3000
+
+
+def test_nan_is_passed_on_to_those_who_see_it(step: str, small: None) -> None:
+    q, k, v, *_ = operands(T=12)
+    k[:, :, 5] = torch.nan
+    out = stick_breaking_attention(q, k, v)
+    assert out[:, :, :5].isfinite().all()
+    assert out[:, :, 5].isnan().all()
+    q[:, :, 3] = torch.nan
+    assert stick_breaking_attention(q, k, v)[:, :, 3].isnan().all()
