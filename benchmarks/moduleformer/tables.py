@@ -153,13 +153,25 @@ def specialisation(found: Records, root: Path) -> tuple[list[list[str]], str]:
     first = next(iter(found))
     keeps = list(next(iter(found[first].values()))["kept"])
 
-    def bits(label: str, keep: str) -> dict[int, float]:
+    def bits(label: str, keep: str, *, elsewhere: bool = False) -> dict[int, float]:
+        genre = _learns(label)
         return {
-            seed: record["kept"][keep]["scores"][_learns(label)]["bits_per_byte"]
+            seed: pooled(
+                {
+                    name: score
+                    for name, score in record["kept"][keep]["scores"].items()
+                    if (name == genre) != elsewhere
+                }
+            )
             for seed, record in found[label].items()
         }
 
-    rows = [["tuned with", "experts kept", "bits per byte", f"difference to {first}", "dropped"]]
+    rows = [
+        [
+            "tuned with", "experts kept", "bits per byte", f"difference to {first}",
+            "other genres", "dropped",
+        ]
+    ]  # fmt: skip
     for label, runs in found.items():
         for keep in keeps:
             dropped = _mean({s: record["kept"][keep]["dropped"] for s, record in runs.items()})
@@ -170,12 +182,13 @@ def specialisation(found: Records, root: Path) -> tuple[list[list[str]], str]:
                     f"{100 * float(keep):.0f} %",
                     spread(bits(label, keep)),
                     against,
+                    spread(bits(label, keep, elsewhere=True)),
                     f"{100 * dropped:.1f} %",
                 ]
             )
     return rows, (
-        "Bits per byte on held-out text of the genre. Dropped: probability of the experts that "
-        "are gone, before they went, mean over routers."
+        "Bits per byte on held-out text of the genre, and of all others. Dropped: probability of "
+        "the experts that are gone, before they went, mean over routers."
     )
 
 

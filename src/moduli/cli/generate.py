@@ -46,22 +46,22 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("A --text is empty; give at least a word to write on from.")
     model, tokenizer = load_writer(args.model)
 
-    shown = ""  # what stands before the next piece: shown only when that comes
+    waiting = ""  # what stands before the next piece is shown with it
 
     def show(piece: str) -> None:
-        nonlocal shown
+        nonlocal waiting
         if not args.json:
-            sys.stdout.write(shown + piece)
+            sys.stdout.write(waiting + piece)
             sys.stdout.flush()
-        shown = ""
+        waiting = ""
 
     found = []
     for number, text in enumerate(args.text):
-        shown += text + ("\n" if model.config.is_encoder_decoder else "")
+        waiting += text + ("\n" if model.config.is_encoder_decoder else "")
         # seeds differ, or every text would be drawn with the same luck
         settings = replace(args.settings, seed=args.settings.seed + number)
         found.append(write_on(model, tokenizer, text, settings, on_text=show))
-        shown += "\n\n" if number + 1 < len(args.text) else "\n"
+        waiting += "\n\n" if number + 1 < len(args.text) else "\n"
     show("")
     output.data({"model": args.model, "written": [asdict(one) for one in found]})
     return 0

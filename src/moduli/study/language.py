@@ -17,7 +17,7 @@ LOAD_BATCHES = 8
 """Batches of every domain from which the load of the experts is read."""
 
 
-def domain_scores(model: Any, tokenizer: Any, rows: Any, max_length: int) -> dict[str, float]:
+def domain_scores(model: Any, tokenizer: Any, rows: Any, max_length: int) -> dict[str, int | float]:
     """Scores of the language model on rows, with bits per byte, which do not depend on the
     tokenizer where it predicts every token of a text.
 
