@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
-from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.expert_parallel import apply_expert_parallelism
 
-import moduli  # noqa: F401 - makes the architecture known
 from tests.models.moduleformer import small
 
-BACKENDS = ("moduli", "eager", "grouped_mm")
+EXPERTS = 6
+CASES = (("all_reduce", "moduli"), ("all_reduce", "eager"), ("all_to_all", "moduli"))
 
 
 def step(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -33,15 +33,17 @@ def step(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    ranks = dist.get_world_size()
-    for backend in BACKENDS:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder / "model",
-            distributed_config=DistributedConfig(tp_size=ranks, ep_size=ranks),
-            experts_implementation=backend,
-        )
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for way, backend in CASES:
+        # All ranks hold one batch: by all-reduce each computes its experts on it, by all-to-all
+        # each has a slice of it.
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+        model = small.build(n_mlp_experts=EXPERTS)
+        model.set_experts_implementation(backend)
+        plan = model._expand_parallel_plan(model.ep_plan)
+        apply_expert_parallelism(model, mesh, mesh, plan, way)
         found = {name: tensor.contiguous() for name, tensor in step(model).items()}
-        save_file(found, folder / f"{backend}.{dist.get_rank()}.safetensors")
+        save_file(found, folder / f"{way}.{backend}.{rank}.safetensors")
 
 
 if __name__ == "__main__":
