@@ -102,7 +102,14 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that decide the result; the seeds of the others do not."""
-        return asdict(self) | {"scale": {**asdict(self.scale), "seeds": None}}
+        return asdict(self) | {
+            "scale": {**asdict(self.scale), "seeds": None},
+            "vocab_size": VOCAB,
+            "pretraining": asdict(pretraining(self.scale)),
+            "tuning": asdict(tuning(self.arm, self.scale))
+            if isinstance(self.arm, Tuning)
+            else None,
+        }
 
 
 MODULES = Base("ModuleFormer", "moduleformer")
@@ -177,4 +184,5 @@ def tuning(arm: Tuning, scale: Scale) -> FinetuneSettings:
         max_length=scale.length, warmup=0.05,
         trains="lora" if arm.trains == "lora" else "all",
         lora_rank=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0,
+        lora_targets=("all-linear",),
     )  # fmt: skip

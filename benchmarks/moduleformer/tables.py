@@ -70,7 +70,8 @@ def markdown(claim: str, root: Path) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, f"|---|{'--:|' * (len(rows[0]) - 1)}")
     seeds = max(map(len, found.values()))
-    ends = f"Mean ± standard deviation over {seeds} seeds, paired difference with its 95 % interval"
+    ends = "One seed" if seeds == 1 else f"Mean ± standard deviation over {seeds} seeds"
+    ends += ", paired difference with its 95 % interval" if seeds > 1 else ""
     return "\n".join([*lines, "", f"{note} {ends}. {command}", ""])
 
 
