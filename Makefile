@@ -55,7 +55,7 @@ test: $(VENV)/.dev ## the test suite without what is slow or needs a GPU
 test-all: $(VENV)/.dev $(VENV)/.quant $(VENV)/.triton ## every test; those that need a GPU are skipped without one
 	$(PYTEST)
 	PYTHONPATH=$(VENV)/quant $(PYTEST) tests/stacks/test_quantised.py
-	PYTHONPATH=$(VENV)/triton $(PYTEST) tests/experts/test_triton.py
+	PYTHONPATH=$(VENV)/triton $(PYTEST) tests/experts/test_triton.py tests/models/stick_breaking/test_triton.py
 
 parity: $(VENV)/.dev ## the stored reference cases alone, one line per case
 	$(BIN)/python -m tests.parity tests/parity/data
