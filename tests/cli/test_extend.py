@@ -141,3 +141,31 @@ def test_a_tensor_that_would_have_changed_is_found(
     line = fails(4, "extend", "--model", old, *out)
     assert "transformer.h.1.mlpf.experts.down_proj" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_on_real_text_pretrained_grown_and_pruned_in_sequence(
+    tmp_path: Path, run_json: Run
+) -> None:
+    """News from scratch, fiction by new experts alone, then without half of the experts."""
+    length = ["--max-length", "64", "--bf16", "False"]
+    texts = ["--data", "brown", "--domains", "news", "fiction", "--max-test", "3", *length]
+    few = ["--max-train", "12", "--batch-size", "8"]
+    news, both, half = (str(tmp_path / name) for name in ("news", "both", "half"))
+    tiny = ["--config", "n_layer=2", "n_embd=64", "att_hidden=64", "ffd_hidden=64"]
+    run_json(
+        "pretrain", "--json", *texts, *few, *tiny, "--vocab-size", "512", "--max-steps", "60",
+        "--train-domain", "news", "--out", news,
+    )  # fmt: skip
+    grown = run_json(
+        "extend", "--json", "--model", news, "--out", both, "--attention", "2", "--feed-forward",
+        "4", *texts, *few, "--max-steps", "60", "--learning-rate", "0.003", "--train-domain",
+        "fiction", "--replay-domain", "news", "--leakage", "0.1",
+    )  # fmt: skip
+    assert grown["after"]["fiction"]["loss"] < grown["before"]["fiction"]["loss"]
+    old, new = tensors(news), tensors(both)
+    assert all(torch.equal(t, new[name][: len(t)]) for name, t in old.items())
+    done = run_json("prune", "--json", "--model", both, "--out", half, *texts[:-2], "--keep", "0.5")
+    assert done["before"] == grown["after"]
+    assert done["report"]["parameters"][1] < done["report"]["parameters"][0]
