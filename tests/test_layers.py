@@ -18,14 +18,17 @@ ROOMS: dict[str, set[str]] = {
     "surgery": {"experts", "routing", "losses"},
     "training": {"surgery", "experts", "routing", "losses", "data"},
     "parallel": {"training", "surgery", "experts", "routing", "losses", "data"},
+    "models": {"training", "surgery", "experts", "routing", "losses", "data"},
     "methods": {"training", "surgery", "experts", "routing", "losses", "data"},
     "bench": {"methods", "training", "surgery", "experts", "routing", "losses", "data"},
     "inspect": {"methods", "training", "surgery", "experts", "routing", "losses", "data"},
-    "study": {"inspect", "methods", "training", "surgery", "experts", "routing", "losses", "data"},
-    "cli": {
-        *("study", "inspect", "bench", "methods", "training", "surgery", "experts", "routing"),
-        "losses",
+    "study": {
+        *("inspect", "methods", "models", "training", "surgery", "experts", "routing", "losses"),
         "data",
+    },
+    "cli": {
+        *("study", "inspect", "bench", "methods", "models", "training", "surgery", "experts"),
+        *("routing", "losses", "data"),
     },
 }
 FREE = {"errors", "version", "cache", "allocator", ""}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +75,6 @@ def tune(arm: Tuning, seed: int, scale: Scale, models: Path) -> dict[str, Any]:
         "before" and "kept", which has for every share of the experts that is kept the scores of
         every domain and the probability that pruning dropped.
     """
-    from moduli.models.moduleformer.own_losses import own_losses
     from moduli.training.finetune import finetune
     from moduli.training.trainable import finish, prepare
 
@@ -84,8 +82,9 @@ def tune(arm: Tuning, seed: int, scale: Scale, models: Path) -> dict[str, Any]:
     task = task_of(arm.base.text, scale)
     settings = _plans().tuning(arm, scale)
     model, tokenizer = load(directory)
-    ours = model.config.model_type == "moduleformer"
-    if ours:  # what a tuned model is asked for; the weight of pretraining is not kept
+    if (
+        model.config.model_type == "moduleformer"
+    ):  # what a tuned model is asked for; the weight of pretraining is not kept
         model.config.aux_loss_weight = 0.0
         model.config.concentration_weight = arm.concentration
     rows = task.domains[arm.learns].train
@@ -95,8 +94,7 @@ def tune(arm: Tuning, seed: int, scale: Scale, models: Path) -> dict[str, Any]:
         callbacks = [grow(model, tokenizer, task, arm, scale)]
     prepared = prepare(model, settings)
     trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
-    with own_losses(model) if ours else nullcontext():
-        finetune(prepared, tokenizer, KIND, rows, settings=settings, seed=seed, callbacks=callbacks)
+    finetune(prepared, tokenizer, KIND, rows, settings=settings, seed=seed, callbacks=callbacks)
     model = finish(prepared).eval()
     return {
         "trainable": trainable,

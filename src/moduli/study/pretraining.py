@@ -11,8 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -203,18 +202,17 @@ def _work(
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     set_seed(spec.seed)
-    with _ours(model, spec.settings.gradient_accumulation_steps):
-        result = finetune(
-            model,
-            tokenizer,
-            KIND,
-            rows,
-            settings=spec.settings,
-            seed=spec.seed,
-            out=partial / "checkpoints",
-            checkpoint_every=checkpoint_every,
-            on_progress=listener.step,
-        )
+    result = finetune(
+        model,
+        tokenizer,
+        KIND,
+        rows,
+        settings=spec.settings,
+        seed=spec.seed,
+        out=partial / "checkpoints",
+        checkpoint_every=checkpoint_every,
+        on_progress=listener.step,
+    )
     folder = partial / "result"
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
@@ -240,24 +238,6 @@ def _work(
     }
     write_json(folder / RECORD, record)
     return record
-
-
-@contextmanager
-def _ours(model: Any, passes: int) -> Iterator[None]:
-    """What training has to know of a ModuleFormer: its losses, and the names in checkpoints."""
-    if model.config.model_type != "moduleformer":
-        yield
-        return
-    from moduli.models.moduleformer.grown import take_published_names
-    from moduli.models.moduleformer.own_losses import own_losses
-
-    # The Trainer loads a checkpoint without the renaming that `from_pretrained` does.
-    hook = model.register_load_state_dict_pre_hook(take_published_names)
-    try:
-        with own_losses(model, passes):
-            yield
-    finally:
-        hook.remove()
 
 
 def _tokenizer(spec: PretrainSpec, rows: Any, directory: Path) -> Any:

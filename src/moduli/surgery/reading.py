@@ -118,7 +118,7 @@ def _load_dense(folder: Path) -> tuple[Any, Collection[str]]:
 
     config = transformers.AutoConfig.from_pretrained(folder)
     names = getattr(config, "architectures", None) or []
-    architecture = getattr(transformers, names[0], None) if names else None
+    architecture = _class_named(names[0], config) if names else None
     if architecture is None:
         raise CheckpointError(
             f"{folder}/config.json names the architecture {names}, which transformers "
@@ -147,6 +147,21 @@ def _load_dense(folder: Path) -> tuple[Any, Collection[str]]:
         )
     align_parameters(model)
     return model, found["unexpected_keys"]
+
+
+def _class_named(name: str, config: Any) -> Any | None:
+    """A model class of transformers, or one that was registered with its Auto classes."""
+    import transformers
+
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    autos = (getattr(transformers, auto, None) for auto in dir(transformers) if "AutoModel" in auto)
+    registered = (
+        found
+        for auto in autos
+        if (found := getattr(auto, "_model_mapping", {}).get(type(config), None)) is not None
+    )
+    return next((found for found in registered if found.__name__ == name), None)
 
 
 @contextmanager

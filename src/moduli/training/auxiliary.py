@@ -50,6 +50,14 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     return torch.stack(terms).sum() if terms else None
 
 
+def adds_own_losses(model: nn.Module) -> bool:
+    """Whether a language model adds auxiliary losses of its own to the one it returns: stock
+    mixtures of experts that are asked for what their routers say, and ModuleFormer."""
+    config = getattr(model, "config", None)
+    weights = ("output_router_logits", "aux_loss_weight", "concentration_weight")
+    return any(bool(getattr(config, name, False)) for name in weights)
+
+
 def has_auxiliary(model: nn.Module) -> bool:
     """Whether any routed layer has an auxiliary loss."""
     return any(isinstance(m, RoutedLayer) and m.options.aux != "none" for m in model.modules())

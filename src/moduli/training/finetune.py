@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moduli.errors import DataError, TrainingError
 from moduli.surgery.convert import require_same_layout
+from moduli.training.auxiliary import adds_own_losses
 from moduli.training.batches import ShuffledByLength
 from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
 from moduli.training.metrics import Scores
@@ -351,6 +352,8 @@ def _trainer(
                 )
             )
 
+    # A loss made of the logits would lack what the model adds to its own.
+    model_loss = kind.name == "language-modeling" and adds_own_losses(model)
     trainer = GroupedTrainer(
         model=model,
         args=arguments,
@@ -358,13 +361,14 @@ def _trainer(
         data_collator=collate,
         processing_class=processor,
         callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save), KeepLayout(), *callbacks],
-        compute_loss_func=kind.loss,
+        compute_loss_func=None if model_loss else kind.loss,
     )
     # The forward of a classifier takes **kwargs, from which the Trainer concludes that it divides
     # its loss by `num_items_in_batch`. It does not: it returns the mean of its batch. Without this
     # the gradients of accumulated batches would be added up instead of averaged. A kind that has
-    # to divide by all labels of a step does so in its own loss, which gets that number either way.
-    trainer.model_accepts_loss_kwargs = False
+    # to divide by all labels of a step does so in its own loss, which gets that number either way,
+    # and so do language models in theirs.
+    trainer.model_accepts_loss_kwargs = model_loss
     trainer.remove_callback(PrinterCallback)
     if on_progress is not None:
         trainer.add_callback(ReportProgress(on_progress))

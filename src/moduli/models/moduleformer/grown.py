@@ -17,7 +17,6 @@ Source: ModuleFormer (arXiv 2306.04640); the published code has no code for grow
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +31,6 @@ from moduli.errors import ModelError
 from moduli.experts.kernels.order import Order
 from moduli.experts.linear import routed_linear
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
-from moduli.models.moduleformer.naming import RENAMED
 from moduli.models.moduleformer.routers import ModuleFormerRouter
 from moduli.models.moduleformer.sublayers import put_parameter
 from moduli.routing import RouteContext, Router, Routing
@@ -86,15 +84,6 @@ def _split(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
             state[prefix + module.joined[own]] = whole[len(old) :]
         else:
             state[f"{prefix}old.{own}"] = state.pop(name)
-
-
-def take_published_names(module: Any, state: dict[str, Tensor], *_: Any) -> None:
-    """Hook by which `load_state_dict` of a whole model takes the tensors of a checkpoint as they
-    are called in the file: a `Trainer` that resumes gives them by those names."""
-    for name in list(state):
-        for theirs, ours in RENAMED.items():
-            if (known := re.sub(theirs, ours, name)) != name:
-                state[known] = state.pop(name)
 
 
 class GrownExpertLinear(Grown):

@@ -38,7 +38,7 @@ from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
 from moduli.models.moduleformer.files import check_weights
 from moduli.models.moduleformer.inputs import last_tokens, tokens_of
-from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers
+from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers, take_published_names
 from moduli.models.moduleformer.routers import ModuleFormerRouter
 from moduli.routing import RouteContext, Routing
 
@@ -131,6 +131,10 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = list(DEAD_BUFFERS)  # noqa: RUF012
     _can_record_outputs = {"hidden_states": ModuleFormerBlock}  # noqa: RUF012
     _input_embed_layer = "wte"
+
+    def __init__(self, config: ModuleFormerConfig) -> None:
+        super().__init__(config)
+        self.register_load_state_dict_pre_hook(take_published_names)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,6 +6,9 @@ and published files carry two masks per layer that nothing reads.
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +33,15 @@ def register_names() -> None:
         WeightRenaming(theirs, ours) for theirs, ours in RENAMED.items()
     ]
     register_checkpoint_conversion_mapping(ModuleFormerConfig.model_type, mapping, overwrite=True)
+
+
+def take_published_names(module: Any, state: dict[str, Tensor], *_: Any) -> None:
+    """Hook by which `load_state_dict` takes the tensors of a checkpoint as they are called in the
+    file, as a `Trainer` that resumes gives them."""
+    for name in list(state):
+        for theirs, ours in RENAMED.items():
+            if (known := re.sub(theirs, ours, name)) != name:
+                state[known] = state.pop(name)
 
 
 def dead_buffers(config: ModuleFormerConfig, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
