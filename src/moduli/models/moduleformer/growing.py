@@ -38,7 +38,6 @@ from moduli.models.moduleformer.grown import (
     GrownRouter,
     new_parameters,
     settle,
-    take_published_names,
     train_only_new,
 )
 from moduli.models.moduleformer.leaking import LEAK, closing_rows, leaks
@@ -158,7 +157,6 @@ def extend(
     for kind, count in added.items():
         before = expert_counts(config, kind)
         set_expert_counts(model, kind, [number + count for number in before])
-    model.register_load_state_dict_pre_hook(take_published_names)
     train_only_new(model)
     shares = leaks(model, batches, generator)
     return ExtendReport(
