@@ -49,7 +49,7 @@ class Extend(Data):
     start: Literal["fresh", "copy", "closed"] = "fresh"
     """fresh: drawn like those of a new model; copy: copies of the least probable experts (with
     --data, else of the first ones); closed: fresh, with rows by which routers hardly ever choose
-    them ("mlp" gates only)."""
+    them (not for "gmm" gates; needs --data of the old domain to hold there)."""
     noise: float = 0.0
     """With --start copy: what is added to copies, in standard deviations of the tensor."""
     train_domain: str | None = None

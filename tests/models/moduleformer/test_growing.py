@@ -28,8 +28,10 @@ from tests import tiny
 from tests.models.moduleformer import small
 
 GATES = ("mlp", "linear", "gmm")
-STARTS = [(gate, start) for gate in GATES for start in ("fresh", "copy")] + [("mlp", "closed")]
-WIDE = {"gating_size": 64}  # narrow hidden vectors of random routers have sums of either sign
+STARTS = [(gate, start) for gate in GATES for start in ("fresh", "copy")] + [
+    (gate, "closed") for gate in GATES[:2]
+]
+WIDE = {"gating_size": 64}  # narrow hidden vectors of random routers have little in common
 
 
 def logits(model: Any, **inputs: Any) -> Tensor:
@@ -205,8 +207,7 @@ def test_a_closed_start_leaks_no_more_than_it_may(given: bool) -> None:
         )
         assert report.measured_on == ("given inputs" if given else "random vectors")
         for row in new_rows(model):
-            assert bool((row == row[0, 0]).all())
-            assert float(row[0, 0].detach()) < 0
+            assert torch.equal(row[0], row[1])
         # Random vectors are drawn twice; given inputs see the same routers, but for what leaks.
         assert max(report.leak) < 3 * leak
         assert torch.allclose(logits(model), before, atol=100 * leak)
@@ -305,20 +306,18 @@ def test_what_cannot_be_added_is_said_and_nothing_is_changed(
     assert model.config.n_att_experts == 4
 
 
-@pytest.mark.parametrize("gate", ["linear", "gmm"])
-def test_only_mlp_gates_can_start_closed(gate: str) -> None:
-    model = small.build(gate_type=gate)
+def test_gates_of_cosines_cannot_start_closed() -> None:
     with pytest.raises(ConfigError, match=r"start='copy'.*leakage"):
-        extend(model, attention=1, start="closed")
+        extend(small.build(gate_type="gmm"), attention=1, start="closed")
 
 
-def test_hidden_vectors_without_a_positive_sum_cannot_be_closed() -> None:
+def test_hidden_vectors_with_nothing_in_common_cannot_be_closed() -> None:
     model = small.build()
     with torch.no_grad():
         for block in model.transformer.h:
             block.mlpf.gate.w_gate[0].weight.zero_()
-            block.mlpf.gate.w_gate[0].bias.fill_(-0.5)  # where GELU is negative
-    with pytest.raises(ConfigError, match=r"feed_forward 0.*100.0% of the tokens"):
+            block.mlpf.gate.w_gate[0].bias.zero_()
+    with pytest.raises(ConfigError, match=r"feed_forward 0.*too little in common"):
         extend(model, feed_forward=1, start="closed")
 
 

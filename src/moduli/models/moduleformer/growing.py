@@ -12,8 +12,8 @@ can be kept low in training (`replay`), and is 0 while the new experts are `clos
 
     fresh    new experts and rows are drawn as those of a new model
     copy     copies of experts and their rows, optionally with noise
-    closed   fresh experts; all rows are -c (1, ..., 1), with c so large that little leaks. For
-             "mlp" gates only: behind their GELU the hidden vector has a positive sum
+    closed   fresh experts, with rows by which their logits are low for nearly every token; for
+             "mlp" and "linear" gates (the cosines of a "gmm" gate are bounded)
 
 Letters: T tokens, D width, G hidden width of a router, E experts, N new ones, K experts per token.
 Source: ModuleFormer (arXiv 2306.04640). The published code has no code for growing; the three
@@ -198,10 +198,10 @@ def _check(
         raise ConfigError(f"use and noise are of copies; start is {start!r}, choose 'copy'")
     if noise < 0:
         raise ConfigError(f"noise is {noise}; it is a standard deviation of 0 or more")
-    if start == "closed" and gate != "mlp":
+    if start == "closed" and gate == "gmm":
         raise ConfigError(
-            f"start='closed' needs gates of type 'mlp', whose hidden vectors have positive sums; "
-            f"these are {gate!r}. start='copy' with the use of experts leaks least, and a penalty "
+            "start='closed' needs logits without bounds, and those of 'gmm' gates are cosines; "
+            "start='copy' with the use of experts leaks least, and a penalty "
             "on leakage keeps it low in training (--leakage, replay)"
         )
     if start == "closed" and not 0 < leak < 1:

@@ -3,9 +3,9 @@
     leakage    mean over tokens of Z' / (Z + Z'), Z the sum of exp(logit) over old experts, Z' over
                new ones: on tokens of the old domain, what the old function loses
     row norm   sum of the squares of the new rows
-    closing    rows -c (1, ..., 1) of an "mlp" gate: behind a GELU the hidden vector h of nearly
-               every token has a positive sum, so that the logits -c sum(h) are low; c is the
-               smallest of a geometric series that leaks little enough
+    closing    rows w found by logistic regression with one class: the mean over tokens of
+               log(1 + N exp(w h) / Z), which is not below the leakage, is made small enough. So
+               the logits are low for every token, as by a bias, which these routers do not have
 
 Letters: T tokens, D width, G hidden width of a router, E experts, N new ones.
 """
@@ -18,13 +18,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from moduli.errors import ConfigError, DataError, ModelError
 from moduli.models.moduleformer.grown import GrownRouter
 from moduli.models.moduleformer.inputs import real_tokens
-from moduli.models.moduleformer.sublayers import Sublayer, sublayers
+from moduli.models.moduleformer.sublayers import Kind, sublayers
 from moduli.models.moduleformer.usage import Batch, evaluating, router_outputs
 from moduli.routing import RouteContext
 
@@ -32,8 +33,12 @@ LEAK = 1e-3
 """Share of probability that leaves closed experts unnoticed, beside the rounding of bfloat16."""
 VECTORS = 512
 """Random vectors per router, where no inputs are given."""
-SERIES: list[float] = [2.0 ** (step / 4) for step in range(-24, 49)]
-"""Values of c that are tried, from 1/64 to 4096."""
+FITTED = 4096
+"""Tokens to which closed rows are fitted, at least, where as many are given."""
+STEPS = 50
+"""Of the search for closed rows, which usually ends after some ten."""
+RIDGE = 1e-4
+"""In units of the mean curvature."""
 
 See = Callable[[int, Tensor], None]
 
@@ -107,7 +112,7 @@ def leaks(
 @torch.no_grad()
 def closing_rows(
     model: Any,
-    added: Mapping[Any, int],
+    added: Mapping[Kind, int],
     leak: float,
     batches: Sequence[Batch] | None,
     generator: torch.Generator | None,
@@ -115,46 +120,61 @@ def closing_rows(
     """Rows by which new experts hardly matter, by the place of the router in `sublayers`.
 
     Args:
-        model: a ModuleFormer with "mlp" gates, before it grows.
+        model: a ModuleFormer with "mlp" or "linear" gates, before it grows.
         added: number of new experts by kind.
         leak: mean share of probability that they may take.
         batches, generator: as of `leaks`.
 
     Raises:
-        ConfigError: there is no such c, since the hidden vectors of too many tokens have sums that
-            are not positive.
+        ConfigError: there are none, since hidden vectors have too little in common.
     """
     parts = sublayers(model)
-    found: dict[int, list[Tensor]] = {}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def see(i: int, x: Tensor) -> None:
-        gate = parts[i].owner.gate
-        *layers, last = gate.w_gate
-        for layer in layers:
-            x = layer(x)
-        both = torch.stack([x.float().sum(-1), last(x).float().logsumexp(-1)])
-        found.setdefault(i, []).append(both.cpu())
+        if sum(len(h) for h, _ in found.setdefault(i, [])) < FITTED:
+            *layers, last = parts[i].owner.gate.w_gate
+            for layer in layers:
+                x = layer(x)
+            found[i].append((x.float().cpu(), last(x).float().logsumexp(-1).cpu()))
 
     _look(model, batches, generator, see)
     rows = {}
     for i, part in enumerate(parts):
         if number := added[part.kind]:
-            width = part.owner.gate.w_gate[-1].in_features
-            sums, log_z = torch.cat(found[i], dim=1)
-            rows[i] = torch.full((number, width), -_closing(part, sums, log_z, number, leak))
+            h, log_z = (torch.cat(each) for each in zip(*found[i], strict=True))
+            row, reached = _closing(h, log_z - math.log(number), leak)
+            if reached > leak:
+                seen = "random" if batches is None else "given"
+                raise ConfigError(
+                    f"{part.name}: no rows were found that leak as little as {leak:g}, only "
+                    f"{reached:.2g}: {seen} hidden vectors have too little in common; use "
+                    "start='copy', or give (other) inputs of the old domain"
+                )
+            rows[i] = row.expand(number, -1)
     return rows
 
 
-def _closing(part: Sublayer, sums: Tensor, log_z: Tensor, number: int, leak: float) -> float:
-    """The smallest c of `SERIES` by which no more than `leak` goes to `number` new experts."""
-    for c in SERIES:
-        if float((math.log(number) - c * sums - log_z).sigmoid().mean()) <= leak:
-            return c
-    raise ConfigError(
-        f"{part.name}: no rows -c (1, ..., 1) leak as little as {leak:g}, since the hidden vectors "
-        f"of {float((sums <= 0).float().mean()):.1%} of the tokens have a sum that is not "
-        "positive, as in a model that was hardly trained; use start='copy', or allow more"
-    )
+def _closing(
+    h: Float[Tensor, "T G"], log_z: Float[Tensor, " T"], leak: float
+) -> tuple[Float[Tensor, " G"], float]:
+    """A row, and a bound of its leakage: Newton's method, until the bound is low enough."""
+    h, log_z = h.double(), log_z.double()
+    row = h.new_zeros(h.shape[1])
+    best, reached = row, math.inf
+    for _ in range(STEPS):
+        logits = h @ row - log_z
+        bound = float(F.softplus(logits).mean())
+        if bound < reached:
+            best, reached = row, bound
+        if bound <= leak:
+            break
+        share = logits.sigmoid()[:, None]
+        slope = (h * share).mean(0)
+        curve = (h * (share * (1 - share))).T @ h / len(h)
+        ridge = RIDGE * curve.diagonal().mean() + torch.finfo(h.dtype).tiny
+        row = row - torch.linalg.solve(curve + ridge * torch.eye(len(row)).to(h), slope)
+    return best.float(), reached
 
 
 def _share(logits: Float[Tensor, "T E"], number: int) -> Float[Tensor, " T"]:
