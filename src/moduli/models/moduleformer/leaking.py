@@ -151,7 +151,7 @@ def closing_rows(
                     f"{reached:.2g}: {seen} hidden vectors have too little in common; use "
                     "start='copy', or give (other) inputs of the old domain"
                 )
-            rows[i] = row.expand(number, -1)
+            rows[i] = row.repeat(number, 1)
     return rows
 
 
