@@ -46,13 +46,18 @@ $(VENV)/.triton: $(VENV)/.dev
 	$(BIN)/python -c 'import sys; from importlib.util import find_spec; sys.exit(sys.platform == "linux" and not find_spec("triton"))' || $(PIP) install --no-deps --target $(VENV)/triton triton==3.9.0
 	@touch $@
 
+# For one test; it brings two dozen packages.
+$(VENV)/.lm-eval: $(VENV)/.dev
+	$(PIP) install -e '.[dev,lm-eval]' -c constraints.txt
+	@touch $@
+
 demo: $(VENV)/.runtime ## the main job on a real model and real data; report in runs/demo/
 	$(BIN)/moduli demo
 
 test: $(VENV)/.dev ## the test suite without what is slow or needs a GPU
 	$(PYTEST) -m 'not slow and not gpu'
 
-test-all: $(VENV)/.dev $(VENV)/.quant $(VENV)/.triton ## every test; those that need a GPU are skipped without one
+test-all: $(VENV)/.dev $(VENV)/.quant $(VENV)/.triton $(VENV)/.lm-eval ## every test; those that need a GPU are skipped without one
 	$(PYTEST)
 	PYTHONPATH=$(VENV)/quant $(PYTEST) tests/stacks/test_quantised.py
 	PYTHONPATH=$(VENV)/triton $(PYTEST) tests/experts/test_triton.py tests/models/stick_breaking/test_triton.py

@@ -136,8 +136,10 @@ def _backward(
     dout, drest = dout.to(rows[0].dtype).reshape(*group, -1), drest.reshape(group)
     with fast_fp32(None if query.device.type == "cpu" else False):
         found = module.backward(dout, drest, *rows, rest.view(group), kept, sight, scale)
+    # Without gaps, as the shapes that the compiler is told.
     dquery, dkey, dvalue = (
-        grad.view(t.shape).to(t.dtype) for grad, t in zip(found, (query, key, value), strict=True)
+        grad.contiguous().view(t.shape).to(t.dtype)
+        for grad, t in zip(found, (query, key, value), strict=True)
     )
     return dquery, dkey, dvalue
 
