@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from moduli.errors import ConfigError
 from moduli.study.run import load_model
@@ -23,15 +25,23 @@ def test_images_are_scaled_as_the_settings_say(tmp_path: Path) -> None:
     spec = plan.runs([task])[0].spec
     picture = np.zeros((50, 40, 3), dtype=np.uint8)
 
-    def pixels(size: int | None) -> tuple[int, ...]:
+    def loaded(size: int | None) -> tuple[Any, torch.Tensor]:
         settings = dataclasses.replace(spec.settings, image_size=size)
-        _, processor = load_model(dataclasses.replace(spec, settings=settings), task)
-        found: tuple[int, ...] = processor(picture, return_tensors="np")["pixel_values"].shape
-        return found
+        model, processor = load_model(dataclasses.replace(spec, settings=settings), task)
+        return model.eval(), processor(picture, return_tensors="pt")["pixel_values"]
 
-    own = pixels(None)
-    assert pixels(own[-1] * 2) == (1, 3, own[-1] * 2, own[-1] * 2)
-    assert pixels(None) == own
+    plain, own = loaded(None)
+    larger, scaled = loaded(own.shape[-1] * 2)
+    assert scaled.shape == (1, 3, own.shape[-1] * 2, own.shape[-1] * 2)
+    with torch.no_grad():
+        wanted = plain(scaled, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(larger(scaled).logits, wanted)
+        larger.save_pretrained(tmp_path / "larger")  # an ordinary model of the new size
+        again = type(larger).from_pretrained(tmp_path / "larger").eval()
+        assert torch.equal(again(scaled).logits, larger(scaled).logits)
+    side = plain.config.patch_size
+    with pytest.raises(ConfigError, match=rf"multiple of {side}, such as {3 * side}"):
+        loaded(3 * side + 1)
 
 
 def test_texts_have_no_size(minilm_path: Path, task: object) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moduli.data.task import Task
-from moduli.errors import CheckpointError, ConfigError
+from moduli.errors import CheckpointError
 from moduli.study.environment import hardware, versions
 from moduli.study.inflight import disk_named, disk_trouble, locked, partial_of, sweep
 from moduli.study.records import (
@@ -32,6 +32,7 @@ from moduli.study.sample import rows_to_show, sample_batches
 from moduli.study.spec import RunSpec, plain
 from moduli.study.testing import test
 from moduli.study.watching import WINDOWS, Clocks, write_inspection
+from moduli.training.images import scale_images
 from moduli.training.kinds.base import get_kind
 
 Stage = Literal[
@@ -173,7 +174,7 @@ def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
             f"{spec.model!r} does not load as {kind.noun}: {_first_line(error)}"
         ) from error
     if spec.settings.image_size is not None:
-        _scale_images(processor, spec.settings.image_size)
+        scale_images(model, processor, spec.settings.image_size)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model, processor
@@ -265,17 +266,6 @@ def _work(
     )
     write_json(partial / "result" / RECORD, record.to_dict())
     return record
-
-
-def _scale_images(processor: Any, pixels: int) -> None:
-    """Make an image processor scale to a square of so many pixels."""
-    if not hasattr(processor, "crop_size") and not hasattr(processor, "size"):
-        raise ConfigError(
-            f"image_size is {pixels}, but {type(processor).__name__} reads no images; leave it out."
-        )
-    for name in ("size", "crop_size"):
-        if getattr(processor, name, None):
-            setattr(processor, name, {"height": pixels, "width": pixels})
 
 
 def training_rows(spec: RunSpec, task: Task) -> Any:
