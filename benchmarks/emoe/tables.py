@@ -4,7 +4,8 @@
     python benchmarks/emoe/tables.py --check    exits 1 if something there is not up to date
 
 A place is `<!-- emoe:NAME -->` ... `<!-- /emoe -->`; its content is made from
-benchmarks/results/emoe/NAME.json, which study.py writes.
+benchmarks/results/emoe/NAME.json, which study.py writes. `<!-- emoe:NAME short -->` leaves out
+models that were edited before the test, and costs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "emoe"
 PAGES = ("README.md", "docs/methods/emoe.md", "docs/evidence.md")
-PLACE = re.compile(r"(<!-- emoe:([\w-]+) -->\n).*?(<!-- /emoe -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- emoe:([\w-]+)( short)? -->\n).*?(<!-- /emoe -->)", re.DOTALL)
 
 
 def main() -> int:
@@ -48,12 +49,12 @@ def filled(text: str) -> str:
 
     def content(place: re.Match[str]) -> str:
         summary = json.loads((RESULTS / f"{place[2]}.json").read_text(encoding="utf-8"))
-        return f"{place[1]}{markdown(place[2], summary)}{place[3]}"
+        return f"{place[1]}{markdown(place[2], summary, short=bool(place[3]))}{place[4]}"
 
     return PLACE.sub(content, text)
 
 
-def markdown(name: str, summary: dict[str, Any]) -> str:
+def markdown(name: str, summary: dict[str, Any], *, short: bool = False) -> str:
     """The main table of a study, what it can resolve, and the command."""
     table = summary["tables"][0]
     share = table["share"]
@@ -62,26 +63,31 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
     costs = {cost["label"]: cost for cost in summary["costs"]}
     titles = {"in-domain": "in-domain", "out-of-domain": "out of domain"}
     head = ["method", *(titles[c["kind"]] for c in shown)]
-    head += [f"difference {titles[c['kind']]}" for c in shown] + ["training time"]
+    head += [f"difference {titles[c['kind']]}" for c in shown]
+    head += [] if short else ["training time"]
     lines = [
         f"| {' | '.join(head)} |",
         f"|---|{'--:|' * (len(head) - 1)}",
     ]
     for row in table["rows"]:
+        if short and row["edit"]:
+            continue
         cells = [row["cells"][place] for place in places]
         means = [mean(c, share) for c in cells]
         differences = [difference(c["difference"], share) for c in cells]
         ratio = costs.get(row["label"], {}).get("time")
         time = "" if ratio is None or row["edit"] else f"{ratio:.2f}"
-        lines.append(f"| {' | '.join([row['label'], *means, *differences, time])} |")
+        each = [row["label"], *means, *differences, *([] if short else [time])]
+        lines.append(f"| {' | '.join(each)} |")
     runs = summary["finished"]
     unit = "in percent, differences in points" if share else "lower is better"
+    base = table["rows"][0]["label"]
+    cost = "" if short else f"; training time in processor time over that of {base}"
     lines += [
         "",
         f"{table['title'].capitalize()} {unit}; mean ± standard deviation over seeds, paired "
-        f"difference to {table['rows'][0]['label']} with its 95 % interval; training time in "
-        f"processor time over that of {table['rows'][0]['label']}. {runs} of "
-        f"{summary['planned']} runs. {' '.join(summary['power'])} "
+        f"difference to {base} with its 95 % interval{cost}. {runs} of {summary['planned']} runs. "
+        f"{' '.join(summary['power'])} "
         f"`python benchmarks/emoe/study.py {name}`",
         "",
     ]
