@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 import moduli
 from moduli.inspect.watching import watch
 from moduli.models.moduleformer import ModuleFormerConfig, ModuleFormerForCausalLM
-from moduli.training.auxiliary import adds_own_losses
+from moduli.training.auxiliary import adds_own_losses, with_stock_auxiliary
 from moduli.training.finetune import finetune
 from moduli.training.settings import FinetuneSettings
 
@@ -96,9 +96,23 @@ def test_stock_mixtures_are_balanced_when_asked(tokenizer: Any) -> None:
         with torch.no_grad():
             for layer in model.model.layers:
                 layer.mlp.gate.weight[0] += 2.0  # uneven at the start
-        assert adds_own_losses(model) == told
+        assert not adds_own_losses(model)
         found[told] = unevenness(trained(model, tokenizer)[0])
     assert found[True] < found[False]
+
+
+def test_a_stock_auxiliary_loss_counts_by_its_share_of_the_step() -> None:
+    model = mixtral(True)
+    ids = torch.randint(2, 15, (3, 9), generator=torch.Generator().manual_seed(2))
+    out = model(ids)
+
+    def nothing(outputs: Any, labels: torch.Tensor, count: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+    loss = with_stock_auxiliary(nothing, model)
+    whole = 5.0 * out.aux_loss
+    torch.testing.assert_close(loss(out, ids, None), whole)
+    torch.testing.assert_close(loss(out, ids, 4 * 3 * 8), whole / 4)
 
 
 def test_the_loss_of_an_unweighted_model_does_not_change(tokenizer: Any) -> None:

@@ -57,7 +57,8 @@ def _aligned(_: int, inner: int, outer: int) -> bool:
 def _autocast(rows: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """What autocast would have made of the operands of `F.linear`."""
     device = rows.device.type
-    if not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
+    available = torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
         return rows, weights
     dtype = torch.get_autocast_dtype(device)
     return rows.to(dtype), [part.to(dtype) for part in weights]

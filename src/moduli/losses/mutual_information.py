@@ -37,7 +37,8 @@ class RouterStatistics:
         conditional_entropy: H(e|x), in nats.
         mass: summed probability of every expert.
         counts: tokens that chose every expert.
-        squared_logsumexp: mean over tokens of (logsumexp of the logits)^2.
+        squared_logsumexp: sum over tokens of (logsumexp of the logits)^2.
+        tokens: how many there were.
     """
 
     mean_probability: Float[Tensor, " E"]
@@ -45,6 +46,7 @@ class RouterStatistics:
     mass: Float[Tensor, " E"]
     counts: Float[Tensor, " E"]
     squared_logsumexp: Float[Tensor, ""]
+    tokens: Float[Tensor, ""]
 
 
 def router_statistics(
@@ -68,24 +70,25 @@ def router_statistics(
     probs = log_probs.exp()
     # The reference counts gates above 0, so that a choice whose probability is 0 is none.
     chosen = torch.zeros_like(probs).scatter(1, experts, 1.0) * (probs > 0)
-    tokens: Tensor | int = logits.shape[0]
+    log_probs = log_probs.where(probs > 0, 0)  # of a closed expert it is -inf, and 0 log 0 is 0
+    tokens = torch.tensor(float(logits.shape[0]), device=logits.device)
     if real is not None:
         keep = real[:, None]
         probs, chosen = probs * keep, chosen * keep
-        log_probs = log_probs.where(keep, 0)  # log of a probability may be -inf
         if zero_padding:
             logits = logits * keep
         else:
-            tokens = real.sum().clamp_min(1)
+            tokens = real.sum().clamp_min(1).to(tokens.dtype)
     squared = logits.logsumexp(dim=-1).square()
     if real is not None and not zero_padding:
         squared = squared * real
     return RouterStatistics(
         mean_probability=probs.sum(0) / tokens,
-        conditional_entropy=-(probs * log_probs).nan_to_num(0.0).sum() / tokens,
+        conditional_entropy=-(probs * log_probs).sum() / tokens,
         mass=probs.sum(0),
         counts=chosen.sum(0),
-        squared_logsumexp=squared.sum() / tokens,
+        squared_logsumexp=squared.sum(),
+        tokens=tokens,
     )
 
 
@@ -100,7 +103,7 @@ def accumulated(calls: Sequence[RouterStatistics]) -> RouterStatistics:
 
     return RouterStatistics(
         mean("mean_probability"), mean("conditional_entropy"), total("mass"), total("counts"),
-        mean("squared_logsumexp"),
+        total("squared_logsumexp"), total("tokens"),
     )  # fmt: skip
 
 
@@ -119,4 +122,4 @@ def switch_z_loss(found: RouterStatistics) -> Float[Tensor, ""]:
     """E sum of normalised mass times normalised counts (1 if even), plus a tenth of the z-loss."""
     mass = found.mass / found.mass.sum().clamp_min(1e-12)
     counts = found.counts / found.counts.sum().clamp_min(1e-12)
-    return len(mass) * (mass * counts).sum() + Z_SHARE * found.squared_logsumexp
+    return len(mass) * (mass * counts).sum() + Z_SHARE * found.squared_logsumexp / found.tokens

@@ -15,6 +15,7 @@ layers compute it in training mode only.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,11 +52,38 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
 
 
 def adds_own_losses(model: nn.Module) -> bool:
-    """Whether a language model adds auxiliary losses of its own to the one it returns: stock
-    mixtures of experts that are asked for what their routers say, and ModuleFormer."""
+    """Whether a language model adds auxiliary losses to the one it returns, each by its share of
+    the optimiser step: ModuleFormer with a weight for them."""
     config = getattr(model, "config", None)
-    weights = ("output_router_logits", "aux_loss_weight", "concentration_weight")
+    weights = ("aux_loss_weight", "concentration_weight")
     return any(bool(getattr(config, name, False)) for name in weights)
+
+
+def with_stock_auxiliary(loss: Callable[..., Tensor] | None, model: nn.Module) -> Any:
+    """A loss that is made of outputs and labels, and the auxiliary loss that mixtures of experts of
+    transformers return if they are asked for what their routers say (`output_router_logits`).
+
+    Args:
+        loss: of (outputs, labels, number of labels in the whole step); None stays None.
+        model: whose configuration has the weight.
+    """
+    config = getattr(model, "config", None)
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    weight = next((getattr(config, name) for name in names if hasattr(config, name)), 0.0)
+    if loss is None or not weight or not getattr(config, "output_router_logits", False):
+        return loss
+
+    def both(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Any:
+        made = loss(outputs, labels, num_items_in_batch)
+        term = getattr(outputs, "aux_loss", None)
+        if not isinstance(term, Tensor):
+            return made
+        # A step adds the mean over its labels, however many passes it takes.
+        count = (labels[..., 1:] != -100).sum()
+        share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
+        return made + weight * share * term.to(made.device)
+
+    return both
 
 
 def has_auxiliary(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moduli.errors import DataError, TrainingError
 from moduli.surgery.convert import require_same_layout
-from moduli.training.auxiliary import adds_own_losses
+from moduli.training.auxiliary import adds_own_losses, with_stock_auxiliary
 from moduli.training.batches import ShuffledByLength
 from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
 from moduli.training.metrics import Scores
@@ -361,13 +361,13 @@ def _trainer(
         data_collator=collate,
         processing_class=processor,
         callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save), KeepLayout(), *callbacks],
-        compute_loss_func=None if model_loss else kind.loss,
+        compute_loss_func=None if model_loss else with_stock_auxiliary(kind.loss, model),
     )
     # The forward of a classifier takes **kwargs, from which the Trainer concludes that it divides
     # its loss by `num_items_in_batch`. It does not: it returns the mean of its batch. Without this
     # the gradients of accumulated batches would be added up instead of averaged. A kind that has
     # to divide by all labels of a step does so in its own loss, which gets that number either way,
-    # and so do language models in theirs.
+    # and so does ModuleFormer in its own.
     trainer.model_accepts_loss_kwargs = model_loss
     trainer.remove_callback(PrinterCallback)
     if on_progress is not None:

@@ -115,12 +115,13 @@ def one_pass(case: Case, compared: Compared, model: Any) -> None:
     loss = tolerance_of(case, "loss_abs", "abs", default=2e-5)
     with torch.no_grad():
         told = {"output_hidden_states": True, "output_attentions": True}
-        out = model(io["input_ids"], labels=io["labels"], output_router_logits=True, **told)
+        out = model(io["input_ids"], labels=io.get("labels"), output_router_logits=True, **told)
     compared.close("logits", out.logits, near)
     compared.close("loss", out.loss, loss)
     compared.close("aux_loss", out.aux_loss, loss)
     weight = model.config.aux_loss_weight
-    compared.close("ce_loss", out.loss - weight * out.aux_loss, loss)
+    if out.loss is not None:
+        compared.close("ce_loss", out.loss - weight * out.aux_loss, loss)
     for i, hidden in enumerate(out.hidden_states):
         compared.close(f"hidden.{i}", hidden, near)
     for i, weights in enumerate(out.attentions):
@@ -154,7 +155,7 @@ def masked(case: Case, compared: Compared, model: Any) -> None:
         side = name.removeprefix("attn_mask_")
         with torch.no_grad():
             out = model(
-                io["input_ids"], attention_mask=io[name], labels=io["labels"],
+                io["input_ids"], attention_mask=io[name], labels=io.get("labels"),
                 output_router_logits=True,
             )  # fmt: skip
         # What stands at places of padding means nothing, and is equal all the same.
@@ -165,6 +166,8 @@ def masked(case: Case, compared: Compared, model: Any) -> None:
 
 def chunks(case: Case, compared: Compared, model: Any) -> None:
     io, near = compared.want, tolerance_of(case, "logits_abs", "abs", default=1e-4)
+    if "prefix_len" not in case.data:
+        return
     length, ids = int(case.data["prefix_len"]), io["input_ids"]
 
     def second(mask: Tensor | None, use_cache: bool = True) -> tuple[Tensor, DynamicCache]:
@@ -215,7 +218,7 @@ def gradients(case: Case, check: Check, model: Any, io: Mapping[str, Tensor]) ->
     if "grads" not in case.data:
         return
     model.zero_grad()
-    model(io["input_ids"], labels=io["labels"]).loss.backward()
+    model(io["input_ids"], labels=io.get("labels")).loss.backward()
     near = tolerance_of(case, "grads_rel_to_max", default=1e-4)
     for name, want in load_file(case.folder / case.data["grads"]).items():
         grad = parameter_named(model, name).grad
@@ -240,15 +243,14 @@ def sequence_classification(case: Case, check: Check) -> None:
     io = load_file(case.folder / case.data.get("io", "io.safetensors"))
     compared = Compared(check, io)
     near = tolerance_of(case, "abs", default=2e-5)
-    changes = {
-        "num_labels": case.data["num_labels"],
-        "problem_type": case.data["problem_type"],
-        "pad_token_id": case.data["pad_token_id"],
-    }
+    said = ("num_labels", "problem_type", "pad_token_id")
+    changes = {name: case.data[name] for name in said if name in case.data}
     with loaded(case, AutoModelForSequenceClassification, **changes) as model:
         model.eval()
-        out = model(io["input_ids"], attention_mask=io.get("attention_mask"), labels=io["labels"])
-        out.loss.backward()
+        given = {name: io.get(name) for name in ("attention_mask", "labels")}
+        out = model(io["input_ids"], **given)
+        if out.loss is not None:
+            out.loss.backward()
         compared.close("logits", out.logits, near)
         compared.close("loss", out.loss, near)
         compared.close("grad_score", model.score.weight.grad, near)
@@ -259,19 +261,21 @@ def sequence_classification(case: Case, check: Check) -> None:
 
 def router_aux_losses(case: Case, check: Check) -> None:
     """Both losses of given logits, of one call and accumulated, with and without skipped rows."""
-    io, k = case.tensors, int(case.data["top_k"])
+    io, k = case.tensors, case.data["top_k"]
     compared = Compared(check, io)
     near = tolerance_of(case, "abs", default=2e-6)
     for name in [name for name in io if name.endswith(".loss")]:
         kind, calls, rows, _ = name.split(".")
-        several = sorted(n for n in io if n.startswith("logits."))
+        several = [n for n in io if n.startswith("logits.")]
+        several.sort(key=lambda n: int(n.rpartition(".")[2]))
         names = ["one.logits"] if calls == "one" else several
         masks = [n.replace("logits", "skip_mask") for n in names]
         given = [io[n].clone().requires_grad_() for n in names]
         found = []
-        for logits, mask in zip(given, masks, strict=True):
+        chosen = k if isinstance(k, list) else [k] * len(given)
+        for logits, mask, top_k in zip(given, masks, chosen, strict=False):
             real = io[mask].flatten() != 0 if rows == "skip" else None
-            experts = logits.softmax(-1).topk(k).indices
+            experts = logits.softmax(-1).topk(top_k).indices
             found.append(router_statistics(logits, experts, real, zero_padding=True))
         loss = LOSSES[kind](accumulated(found))
         loss.backward()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -122,13 +123,21 @@ class ModuleFormerAttention(nn.Module):
         if self.k_proj is None or self.v_proj is None:
             k = x.unsqueeze(1)
             if past is not None:  # one tensor is both, and is kept once
-                k, _ = past.update(k, k[..., :0], self.layer)
+                k = _behind(past.update(k.detach(), k.detach()[..., :0], self.layer)[0], k)
             return k, k
         k, v = self._by_head(self.k_proj(x)), self._by_head(self.v_proj(x))
         if past is not None:
-            k, v = past.update(k, v, self.layer)
+            kept = past.update(k.detach(), v.detach(), self.layer)
+            k, v = _behind(kept[0], k), _behind(kept[1], v)
         return k, v
 
     def _by_head(self, x: Tensor) -> Tensor:
         split: Tensor = x.unflatten(-1, (self.heads, self.head_size))
         return split.transpose(1, 2)
+
+
+def _behind(kept: Float[Tensor, "B H S D"], new: Float[Tensor, "B H T D"]) -> Tensor:
+    """What the cache holds, where gradients go to the tokens of this pass and not to the past."""
+    if not new.requires_grad:
+        return kept
+    return torch.cat([kept[:, :, : kept.shape[2] - new.shape[2]], new], dim=2)

@@ -43,7 +43,8 @@ class ModuleFormerConfig(PreTrainedConfig):
         count_padding: let padding enter the statistics of these losses, as the reference does.
         activation_function: of feed-forward experts.
         embd_pdrop, resid_pdrop, moe_pdrop: dropout of embeddings, of both sublayers' outputs, and
-            on the logits of "mlp" routers. attn_pdrop is kept and, as in the reference, not used.
+            on the hidden vector of "mlp" routers. attn_pdrop is kept and, as in the reference,
+            not used.
         block_size, history_length: of the reference's training; sequences may be longer.
         legacy_buffers: write the reference's two masks per layer, which nothing reads, so that a
             saved file has the same tensors as a published one.

@@ -141,11 +141,11 @@ def extend(
     added: dict[Kind, int] = {"attention": attention, "feed_forward": feed_forward}
     config = decoder_of(model).config
     _check(config.gate_type, added, start, use, noise, leak)
+    if use is not None:
+        use.require_of(sublayers(model))
     settle(model)
     parts = sublayers(model)
     require_plain(parts)
-    if use is not None:
-        use.require_of(parts)
     closing = closing_rows(model, added, leak, batches, generator) if start == "closed" else {}
     for i, part in enumerate(parts):
         if count := added[part.kind]:

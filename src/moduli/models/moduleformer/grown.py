@@ -189,6 +189,10 @@ class GrownRouter(Router, Grown):
         rows = torch.cat([old, new])
         return functional_call(self.old, {name: rows}, (x, context))  # type: ignore[no-any-return]
 
+    def freeze(self, frozen: bool) -> None:
+        """Leave the new rows as they are in training, or let them learn; old ones stay."""
+        self.rows.requires_grad_(not frozen)
+
     def settled(self) -> nn.Module:
         self.old.num_experts = self.num_experts
         return super().settled()

@@ -40,7 +40,7 @@ from moduli.models.moduleformer.files import check_weights
 from moduli.models.moduleformer.inputs import last_tokens, tokens_of
 from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers, take_published_names
 from moduli.models.moduleformer.routers import ModuleFormerRouter
-from moduli.routing import RouteContext, Routing
+from moduli.routing import RouteContext, Router, Routing
 
 NORM_EPS = 1e-5  # always: the reference does not read `layer_norm_epsilon`
 
@@ -158,9 +158,12 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
 
     def freeze_routers(self, frozen: bool = True) -> None:
         """Leave all routers as they are in training, or let them learn again."""
+        inner: set[int] = set()  # a router that grows holds the one it was
         for module in self.modules():
-            if isinstance(module, ModuleFormerRouter):
-                module.requires_grad_(not frozen)
+            if isinstance(module, Router) and id(module) not in inner:
+                inner |= {id(part) for part in module.modules()}
+                freeze: Any = module.freeze
+                freeze(frozen)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

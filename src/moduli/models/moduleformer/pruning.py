@@ -142,10 +142,10 @@ def prune(
         raise UnknownNameError(f"by is {by!r}. {nearest(by, get_args(By))}")
     check_keep(model, keep, threshold)
     decoder = decoder_of(model)
+    use.require_of(sublayers(model))
     settle(model)
     parts = sublayers(model)
     require_plain(parts)
-    use.require_of(parts)
     before = sum(p.numel() for p in model.parameters())
     kept: dict[int, list[int]] = {}
     for kind, field in FIELDS.items():
@@ -248,7 +248,7 @@ def _cut(part: Sublayer, kept: list[int], rows: str) -> None:
     each = [(stack, name) for stack in stacks for name, _ in stack.named_parameters()]
     for module, name in [*each, (gate, rows)]:
         old = module.get_parameter(name)
-        put_parameter(module, name, old[kept].clone(), trains=old.requires_grad)
+        put_parameter(module, name, old[kept], trains=old.requires_grad)
     gate.num_experts = len(kept)
     if part.kind == "feed_forward":
         part.owner.experts.num_experts = len(kept)

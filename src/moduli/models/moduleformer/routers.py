@@ -8,8 +8,7 @@ The gate of a chosen expert is its probability among all experts, which is not r
 the chosen ones, so that the gates of a token sum to less than 1. In training `sample_topk` of the k
 experts may be drawn by probability instead of being the best.
 Letters: T tokens, D width, E experts, K experts per token, G hidden width of the router.
-Source: IBM/ModuleFormer `utils/gate.py`. (The paper describes the MLP with ReLU; the released code
-and checkpoints have GELU.)
+Source: IBM/ModuleFormer `utils/gate.py`.
 """
 
 from __future__ import annotations
@@ -64,6 +63,10 @@ class ModuleFormerRouter(Router):
     def centroids(self) -> Float[Tensor, "E G"]:
         """Unit vectors of the experts, of a "gmm" router."""
         return F.normalize(self.expert_centroids, dim=-1, eps=NORM_FLOOR)
+
+    def freeze(self, frozen: bool) -> None:
+        """Leave it as it is in training, or let it learn."""
+        self.requires_grad_(not frozen)
 
     def select(self, scores: Float[Tensor, "T E"], context: RouteContext) -> Routing:
         if not (self.sample and context.training):
