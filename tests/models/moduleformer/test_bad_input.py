@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,26 @@ def test_several_texts_to_classify_and_nothing_says_where_they_end() -> None:
     model = small.build(auto=Classifier)
     with pytest.raises(ConfigError, match=r"2 texts.*attention_mask, or set config.pad_token_id"):
         model(small.tokens())
+
+
+def test_a_checkpoint_of_a_hub_with_pickled_weights_only(tmp_path: Path) -> None:
+    """As it lies in the cache of the hub's client, read without a network."""
+    entry = tmp_path / "models--someone--pickled"
+    snapshot = entry / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text("abc")
+    model = small.build()
+    model.config.save_pretrained(snapshot)
+    torch.save(model.state_dict(), snapshot / "pytorch_model.bin")
+    script = (
+        "import moduli\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained('someone/pickled')\n"
+    )
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | offline
+    )
+    assert "CheckpointError: someone/pickled has no safetensors" in done.stderr
+    assert "hf download someone/pickled" in done.stderr

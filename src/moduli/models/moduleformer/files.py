@@ -14,10 +14,23 @@ CONVERT = """python -c "
 import glob, torch
 from safetensors.torch import save_file
 files = sorted(glob.glob('pytorch_model*.bin'))
-state = {k: v for f in files for k, v in torch.load(f, weights_only=True).items()}
+state = {k: v for f in files for k, v in torch.load(f, weights_only=True, mmap=True).items()}
 save_file({k: v.clone() for k, v in state.items()}, 'model.safetensors', {'format': 'pt'})
 \""""
 """A command that converts the files where it is run, and runs no code that is in them."""
+
+
+def no_safetensors(name: str) -> CheckpointError:
+    """What to say of a checkpoint of a hub that has pickled weights only.
+
+    Args:
+        name: of the checkpoint.
+    """
+    return CheckpointError(
+        f"{name} has no safetensors, and moduli does not load pickled weights, which can run code "
+        f"when they are read. Fetch it with `hf download {name} --local-dir DIRECTORY`, convert it "
+        f"there by this command, and load the directory:\n{CONVERT}"
+    )
 
 
 def check_weights(directory: Path) -> None:

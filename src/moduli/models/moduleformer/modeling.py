@@ -36,7 +36,7 @@ from moduli.models.moduleformer.attention import ModuleFormerAttention, Tokens
 from moduli.models.moduleformer.auxiliary import auxiliary_loss, expert_load, share_of_step
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
-from moduli.models.moduleformer.files import check_weights
+from moduli.models.moduleformer.files import check_weights, no_safetensors
 from moduli.models.moduleformer.inputs import last_tokens, tokens_of
 from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers, take_published_names
 from moduli.models.moduleformer.routers import ModuleFormerRouter
@@ -177,7 +177,13 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
         source = pretrained_model_name_or_path
         if source is not None:
             check_weights(Path(source, kwargs.get("subfolder") or ""))
-        return super().from_pretrained(source, *model_args, **kwargs | {"use_safetensors": True})
+        kwargs["use_safetensors"] = True
+        try:
+            return super().from_pretrained(source, *model_args, **kwargs)
+        except OSError as error:
+            if "use_safetensors" in str(error) and not Path(str(source)).is_dir():
+                raise no_safetensors(str(source)) from error
+            raise
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *args: Any, **kwargs: Any
