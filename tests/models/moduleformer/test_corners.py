@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import moduli
 from moduli.errors import ConfigError
@@ -78,3 +80,18 @@ def test_history_is_not_trained_through(model: Any) -> None:
     torch.testing.assert_close(out.logits, model(ids()).logits[:, 5:], atol=1e-5, rtol=1e-4)
     out.logits.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_written_file_is_a_state_dict_too(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, True, model.state_dict())
+    again = type(model)(model.config)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    for (name, one), two in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("keep", [float("nan"), float("inf")])
+def test_no_share_at_all(model: Any, keep: float) -> None:
+    use = moduli.expert_use(model, [{"input_ids": ids()}])
+    with pytest.raises(ConfigError, match=r"keep is (nan|inf); it is a share"):
+        moduli.prune(model, use, keep=keep)

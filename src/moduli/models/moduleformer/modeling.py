@@ -186,16 +186,18 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
             raise
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *args: Any, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """As of transformers, with the tensors of the published format."""
         if self.config.legacy_buffers:
-            state = kwargs.pop("state_dict", None)
-            state = dict(self.state_dict() if state is None else state)
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
             prefix = "" if isinstance(self, ModuleFormerModel) else f"{self.base_model_prefix}."
-            state |= dead_buffers(self.config, prefix, self.dtype)
-            kwargs["state_dict"] = state
-        super().save_pretrained(save_directory, *args, **kwargs)
+            state_dict |= dead_buffers(self.config, prefix, self.dtype)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
 class ModuleFormerModel(ModuleFormerPreTrainedModel):

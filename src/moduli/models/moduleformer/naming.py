@@ -39,6 +39,9 @@ def take_published_names(module: Any, state: dict[str, Tensor], *_: Any) -> None
     """Hook by which `load_state_dict` takes the tensors of a checkpoint as they are called in the
     file, as a `Trainer` that resumes gives them."""
     for name in list(state):
+        if any(re.search(dead, name) for dead in DEAD_BUFFERS):
+            del state[name]
+            continue
         for theirs, ours in RENAMED.items():
             if (known := re.sub(theirs, ours, name)) != name:
                 state[known] = state.pop(name)

@@ -179,6 +179,8 @@ def check_keep(model: Any, keep: int | float | None, threshold: float | None) ->
     if (keep is None) == (threshold is None):
         raise ConfigError("give exactly one of keep and threshold, such as keep=0.5")
     if keep is not None:
+        if not math.isfinite(keep):
+            raise ConfigError(f"keep is {keep}; it is a share such as 0.5, or a number of experts")
         for kind, field in FIELDS.items():
             for experts in expert_counts(config, kind):
                 _number(kind, keep, experts, getattr(config, f"k_{field}"))
