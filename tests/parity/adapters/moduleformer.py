@@ -25,7 +25,6 @@ from moduli.losses.mutual_information import (
     router_statistics,
     switch_z_loss,
 )
-from moduli.models.moduleformer.auxiliary import balance_of
 from tests.parity.adapters import moduleformer_attention
 from tests.parity.case import Case, Check
 
@@ -126,8 +125,9 @@ def one_pass(case: Case, compared: Compared, model: Any) -> None:
         compared.close(f"hidden.{i}", hidden, near)
     for i, weights in enumerate(out.attentions):
         compared.close(f"attn.{i}", weights[:1], near)
+    balance_loss = LOSSES.get(model.config.aux_loss_type, switch_z_loss)
     each = [
-        balance_of(model.config, logits, experts, None)
+        balance_loss(router_statistics(logits, experts))
         for logits, experts in zip(out.router_logits, out.router_experts, strict=True)
     ]
     compared.close("aux_att", torch.stack(each[::2]), loss)

@@ -12,17 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moduli.models.moduleformer.classification import ModuleFormerForSequenceClassification
     from moduli.models.moduleformer.configuration import ModuleFormerConfig
-    from moduli.models.moduleformer.modeling import (
-        ModuleFormerForCausalLM,
-        ModuleFormerForSequenceClassification,
-        ModuleFormerModel,
-    )
+    from moduli.models.moduleformer.modeling import ModuleFormerForCausalLM, ModuleFormerModel
 
 _WHERE = {
     "ModuleFormerConfig": "configuration",
     "ModuleFormerForCausalLM": "modeling",
-    "ModuleFormerForSequenceClassification": "modeling",
+    "ModuleFormerForSequenceClassification": "classification",
     "ModuleFormerModel": "modeling",
 }
 

@@ -23,50 +23,29 @@ from moduli.models.moduleformer.inputs import real_tokens
 IGNORED = -100
 
 
-def auxiliary_loss(
-    config: ModuleFormerConfig,
-    found: Any,
-    attention_mask: Tensor | None,
-    *,
-    balance: bool = True,
+def router_losses(
+    config: ModuleFormerConfig, found: Any, attention_mask: Tensor | None
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The sum of the routers' balance losses, and what a configuration adds to the loss.
+    """The sums over routers of their balance losses and of their concentration losses.
 
-    The second is that sum by `aux_loss_weight` (without it if not `balance`), and the routers'
-    concentration losses by `concentration_weight`.
+    Balance is mutual information if the configuration says "mi", and the switch loss with a z-loss
+    if it says anything else, as the reference has it.
 
     Args:
         config: of the model.
         found: output of the decoder with what its routers said.
         attention_mask: [B, S], whose padding is left out unless `count_padding` is set.
-        balance: whether the balance losses are added.
     """
     h = found.last_hidden_state
     real = None if config.count_padding else real_tokens(attention_mask, h.shape[1])
-    aux = torch.zeros((), device=h.device)
-    gathered = torch.zeros((), device=h.device)
+    balance_loss = mutual_information_loss if config.aux_loss_type == "mi" else switch_z_loss
+    balance = concentration = torch.zeros((), device=h.device)
     for logits, experts in zip(found.router_logits, found.router_experts, strict=True):
         seen = None if real is None else real.to(logits.device)
-        aux = aux + balance_of(config, logits, experts, seen).to(h.device)
-        if config.concentration_weight:
-            statistics = router_statistics(logits, experts, seen)
-            gathered = gathered + concentration_loss(statistics).to(h.device)
-    total = config.concentration_weight * gathered
-    return aux, total + config.aux_loss_weight * aux if balance else total
-
-
-def balance_of(
-    config: ModuleFormerConfig,
-    logits: Float[Tensor, "T E"],
-    experts: Int[Tensor, "T K"],
-    real: Bool[Tensor, " T"] | None,
-) -> Float[Tensor, ""]:
-    """The balance loss of one router: mutual information if the configuration says "mi", the
-    switch loss with a z-loss if it says anything else, as the reference has it."""
-    statistics = router_statistics(logits, experts, real)
-    if config.aux_loss_type == "mi":
-        return mutual_information_loss(statistics)
-    return switch_z_loss(statistics)
+        statistics = router_statistics(logits, experts, seen)
+        balance = balance + balance_loss(statistics).to(h.device)
+        concentration = concentration + concentration_loss(statistics).to(h.device)
+    return balance, concentration
 
 
 def share_of_step(

@@ -25,7 +25,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
-    SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -33,11 +32,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from moduli.errors import ConfigError
 from moduli.models.moduleformer.attention import ModuleFormerAttention, Tokens
-from moduli.models.moduleformer.auxiliary import auxiliary_loss, expert_load, share_of_step
+from moduli.models.moduleformer.auxiliary import expert_load, router_losses, share_of_step
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
 from moduli.models.moduleformer.files import check_weights, no_safetensors
-from moduli.models.moduleformer.inputs import last_tokens, tokens_of
+from moduli.models.moduleformer.inputs import tokens_of
 from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers, take_published_names
 from moduli.models.moduleformer.routers import ModuleFormerRouter
 from moduli.routing import RouteContext, Router, Routing
@@ -338,8 +337,10 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
         if told or weighted:
-            aux_loss, total = auxiliary_loss(self.config, found, attention_mask)
+            aux_loss, gathered = router_losses(self.config, found, attention_mask)
             if loss is not None and labels is not None:
+                total = self.config.aux_loss_weight * aux_loss
+                total = total + self.config.concentration_weight * gathered
                 items, shifted = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
                 loss = loss + (share_of_step(labels, items, shifted) * total).to(loss.device)
         return ModuleFormerCausalLMOutput(
@@ -352,64 +353,4 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
             router_logits=found.router_logits if told else None,
             router_experts=found.router_experts if told else None,
             router_load=found.router_load if told else None,
-        )
-
-
-class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
-    """A label for a text, read off its last token."""
-
-    accepts_loss_kwargs = False  # its loss is a mean, which Trainer has to divide by the passes
-
-    def __init__(self, config: ModuleFormerConfig) -> None:
-        super().__init__(config)
-        self.num_labels = int(config.num_labels or 0)
-        self.transformer = ModuleFormerModel(config)
-        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"] | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Float[Tensor, "B T D"] | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
-        """One pass; see `ModuleFormerModel.forward`.
-
-        Args:
-            labels: [B] classes or numbers, or [B, labels] of zeros and ones. The loss has no
-                auxiliary part, as in the reference, except for a concentration weight.
-
-        Raises:
-            ConfigError: several texts, and nothing says where each ends.
-        """
-        weighted = labels is not None and bool(self.config.concentration_weight)
-        if weighted:
-            kwargs["output_router_logits"] = True
-        found: ModuleFormerOutput = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        each = self.score(found.last_hidden_state)
-        where = last_tokens(each, input_ids, attention_mask, self.config.pad_token_id)
-        logits = each[torch.arange(len(each), device=each.device), where]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=each, labels=labels, pooled_logits=logits, config=self.config
-            )
-            if weighted:
-                loss = loss + auxiliary_loss(self.config, found, attention_mask, balance=False)[
-                    1
-                ].to(loss.device)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=found.past_key_values,
-            hidden_states=found.hidden_states,
-            attentions=found.attentions,
         )
