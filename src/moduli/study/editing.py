@@ -117,8 +117,9 @@ def extend_directory(
     old: list[dict[str, Any]] = []
     if task is not None:
         train = _domains(task, spec.train_domains)
-        replayed = _domains(task, (spec.replay_domain,)) if spec.replay_domain else train
-        old = _batches(kind, model, tokenizer, _rows(task, replayed), spec.settings)
+        if spec.replay_domain:
+            replayed = _domains(task, (spec.replay_domain,))
+            old = _batches(kind, model, tokenizer, _rows(task, replayed), spec.settings)
     few = old[: max(1, MEASURED_ROWS // spec.settings.batch_size)] or None
     use = None
     if spec.start == "copy" and few is not None:

@@ -48,6 +48,15 @@ class KeepOld(TrainerCallback):
         self.batches = batches
         self.leakage_weight, self.row_weight = leakage_weight, row_weight
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse float16, whose scaled gradients these would be lost among.
+
+        Raises:
+            ConfigError: training is in float16.
+        """
+        if args.fp16:
+            raise ConfigError("the penalties of KeepOld are not scaled as fp16 needs; choose bf16")
+
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
