@@ -96,3 +96,15 @@ def test_power_counts_the_seeds_where_there_are_fewest() -> None:
     sentence = power(d, ACCURACY)
     assert sentence is not None
     assert sentence.endswith("seeds instead of 1.")
+
+
+def test_power_does_not_promise_more_from_as_few_seeds() -> None:
+    """One source that varies much more than the others: few degrees of freedom are left."""
+    base = {(source, seed): 0.5 for source in "abcd" for seed in (0, 1)}
+    found = {**base, ("a", 0): 0.8, ("a", 1): 0.4, ("b", 0): 0.51}
+    d = paired_difference(found, base)
+    assert d is not None
+    text = power(d, ACCURACY)
+    assert text is not None
+    assert "resolves differences of about" in text
+    assert "seeds instead" not in text

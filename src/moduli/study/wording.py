@@ -155,10 +155,11 @@ def power(d: PairedDifference, metric: Metric) -> str | None:
     seeds = Counter(stratum for stratum, _ in d.pairs)
     needed = pairs_needed(d.sd, d.resolves / 2, len(seeds))
     fewest = min(seeds.values())  # an unfinished study has more of them in some places
-    return (
-        f"This study resolves differences of about {size(d.resolves, metric)} (80 % power); to "
-        f"resolve half of that it would take about {needed} seeds instead of {fewest}."
-    )
+    resolves = f"This study resolves differences of about {size(d.resolves, metric)} (80 % power)"
+    if needed <= fewest:  # the spread of two seeds says little, and less where sources differ
+        return f"{resolves}."
+    half = f"to resolve half of that it would take about {needed} seeds instead of {fewest}"
+    return f"{resolves}; {half}."
 
 
 def pairs_text(d: PairedDifference) -> str:
