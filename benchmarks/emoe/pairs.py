@@ -1,0 +1,76 @@
+"""Whether differences of one seed on several sources go together, from the records of a study.
+
+    python benchmarks/emoe/pairs.py text
+
+The intervals of a study count every (source, seed) as a pair of its own. This prints, for every arm
+and edit against the first arm, the mean correlation of its out-of-domain differences between
+sources, and the interval of the mean when seeds alone are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plans import PLANS
+from scipy.stats import t
+
+from moduli.study.records import read_records
+
+RESULTS = Path(__file__).parents[1] / "results" / "emoe"
+Scores = dict[tuple[str, int], float]
+"""By source and seed."""
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=list(PLANS))
+    study = parser.parse_args().study
+    plan = PLANS[study]()
+    scores: dict[str, Scores] = {}
+    for record in read_records(RESULTS / study):
+        spec = record.to_dict()["spec"]
+        same = [
+            label
+            for label, one in zip(plan.labels, plan.arms, strict=True)
+            if one.method == record.spec.method
+            and one.trains(plan.settings.trains) == record.spec.settings.trains
+        ]
+        place = (",".join(spec["train_domains"]), record.spec.seed)
+        for name, found in {"": record.to_dict(), **record.to_dict()["variants"]}.items():
+            label = f"{same[0]} ({name})" if name else same[0]
+            scores.setdefault(label, {})[place] = elsewhere(found["scores"], spec["train_domains"])
+    for label, found in scores.items():
+        if label != plan.labels[0]:
+            print(line(label, found, scores[plan.labels[0]]))
+
+
+def elsewhere(scores: dict[str, Any], sources: list[str]) -> float:
+    """Mean accuracy in percent over the domains that were not trained on."""
+    return float(np.mean([100 * s["accuracy"] for d, s in scores.items() if d not in sources]))
+
+
+def line(
+    label: str, found: dict[tuple[str, int], float], base: dict[tuple[str, int], float]
+) -> str:
+    """One arm against the baseline."""
+    sources = sorted({source for source, _ in base})
+    seeds = sorted({seed for _, seed in base})
+    each = np.array([[found[a, s] - base[a, s] for s in seeds] for a in sources])
+    together = np.corrcoef(each)
+    pairs = [together[i, j] for i, j in combinations(range(len(sources)), 2)]
+    means = each.mean(axis=0)
+    half = t.ppf(0.975, len(seeds) - 1) * means.std(ddof=1) / np.sqrt(len(seeds))
+    low, high = means.mean() - half, means.mean() + half
+    return (
+        f"{label:30} {means.mean():+.2f}, by seeds {low:+.2f} to {high:+.2f}, "
+        f"correlation {np.mean(pairs):+.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
