@@ -83,6 +83,17 @@ def test_new_experts_learn_and_old_tensors_are_in_the_files_bit_for_bit(
     assert "step 6/6" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("replay", "where"), [([], "random vectors"), (["--replay-domain", "film"], "given inputs")]
+)
+def test_leakage_is_of_the_old_domain_or_of_nothing_that_is_learnt(
+    old: str, texts: list[str], tmp_path: Path, run_json: Run, replay: list[str], where: str
+) -> None:
+    options = ["--model", old, "--attention", "1", *FAST, *texts, "--train-domain", "shop", *replay]
+    done = run_json("extend", "--json", "--out", str(tmp_path / "grown"), *options)
+    assert done["report"]["measured_on"] == where
+
+
 def test_what_cannot_be_done_is_said_before_anything_is_written(
     old: str, texts: list[str], tmp_path: Path, fails: Run
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -281,6 +282,8 @@ def test_the_penalty_keeps_the_old_domain_where_it_was(tmp_path: Path) -> None:
     assert leak(KeepOld(row_weight=0.0)) == without
     with pytest.raises(ConfigError, match="leakage is measured on tokens of the old domain"):
         KeepOld(leakage_weight=1.0)
+    with pytest.raises(ConfigError, match="choose bf16"):
+        KeepOld(row_weight=1.0).on_train_begin(SimpleNamespace(fp16=True), None, None)
     with pytest.raises(ConfigError, match="row_weight is -1"):
         KeepOld(row_weight=-1.0)
 
