@@ -5,7 +5,8 @@
 
 A place is `<!-- emoe:NAME -->` ... `<!-- /emoe -->`; its content is made from
 benchmarks/results/emoe/NAME.json, which study.py writes. `<!-- emoe:NAME short -->` leaves out
-models that were edited before the test, and costs.
+models that were edited before the test, and costs; `<!-- emoe:NAME tried -->` lists every setting
+of a search with every learning rate.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "emoe"
 PAGES = ("README.md", "docs/methods/emoe.md", "docs/evidence.md")
-PLACE = re.compile(r"(<!-- emoe:([\w-]+)( short)? -->\n).*?(<!-- /emoe -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- emoe:([\w-]+)( short| tried)? -->\n).*?(<!-- /emoe -->)", re.DOTALL)
 
 
 def main() -> int:
@@ -49,7 +50,11 @@ def filled(text: str) -> str:
 
     def content(place: re.Match[str]) -> str:
         summary = json.loads((RESULTS / f"{place[2]}.json").read_text(encoding="utf-8"))
-        return f"{place[1]}{markdown(place[2], summary, short=bool(place[3]))}{place[4]}"
+        if place[3] == " tried":
+            table = settings_tried(place[2], summary)
+        else:
+            table = markdown(place[2], summary, short=place[3] == " short")
+        return f"{place[1]}{table}{place[4]}"
 
     return PLACE.sub(content, text)
 
@@ -88,6 +93,31 @@ def markdown(name: str, summary: dict[str, Any], *, short: bool = False) -> str:
         f"{table['title'].capitalize()} {unit}; mean ± standard deviation over seeds, paired "
         f"difference to {base} with its 95 % interval{cost}. {runs} of {summary['planned']} runs. "
         f"{' '.join(summary['power'])} "
+        f"`python benchmarks/emoe/study.py {name}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def settings_tried(name: str, summary: dict[str, Any]) -> str:
+    """Every setting of a search, with what it reached on validation rows."""
+    main = summary["tables"][0]
+    lines = [
+        "| setting | learning rate | trained domains | other domains | runs |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for tried in summary["tried"]:
+        cells = [
+            "" if tried[place] is None else score(tried[place], main["share"])
+            for place in ("inside", "outside")
+        ]
+        runs = len(tried["runs"])
+        lines.append(f"| {tried['label']} | {tried['rate']:g} | {' | '.join(cells)} | {runs} |")
+    unit = "in percent" if main["share"] else "lower is better"
+    lines += [
+        "",
+        f"{main['title'].capitalize()} on validation rows {unit}; means over runs. "
+        f"{summary['finished']} of {summary['planned']} runs. "
         f"`python benchmarks/emoe/study.py {name}`",
         "",
     ]

@@ -282,6 +282,20 @@ def test_the_summary_for_machines_has_the_same_numbers() -> None:
     assert len(summary["power"]) == 1
 
 
+def test_the_summary_lists_every_setting_tried_not_only_those_chosen() -> None:
+    study = made_study(rates=(1e-5, 3e-5))
+    tried = summary_dict(study)["tried"]
+    rates = [(label, rate) for label in ("dense", "emoe") for rate in (1e-5, 3e-5)]
+    assert [(one["label"], one["rate"]) for one in tried] == rates
+    assert sorted(key for one in tried for key in one["runs"]) == sorted(study.records)
+    for one in tried:
+        records = [study.records[key] for key in one["runs"]]
+        (unit,) = study.units
+        inside = [record.scores[d]["accuracy"] for record in records for d in unit.sources]
+        assert one["inside"] == pytest.approx(sum(inside) / len(inside))
+        assert one["outside"] is not None
+
+
 def test_costs_are_relative_to_the_first_arm_and_dashes_where_nothing_was_measured() -> None:
     study = made_study()
     costs = section(render(study), "costs")

@@ -159,6 +159,7 @@ def summary_dict(
         "planned": len(study.runs),
         "finished": len(study.records),
         "selection": _selection(study, main),
+        "tried": [asdict(setting) for setting in sections.tried(study, main)],
         "tables": [
             _table(
                 study,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,18 @@ class RunLine:
     outside: float | None
     steps: int | None
     state: str
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting and what it reached, whether it was chosen or not: means over its runs of the mean
+    over the domains trained on, and of that over the others."""
+
+    label: str
+    rate: float
+    inside: float | None
+    outside: float | None
+    runs: tuple[str, ...]
 
 
 def counted(study: Study, row: Row) -> list[tuple[Planned, RunRecord]]:
@@ -216,6 +228,24 @@ def all_runs(study: Study, table: Table) -> list[RunLine]:
     return lines
 
 
+def tried(study: Study, table: Table) -> list[Tried]:
+    """Every arm with every learning rate that has finished runs, in the order of the plan."""
+    groups: dict[tuple[str, float], list[RunLine]] = {}
+    for line in all_runs(study, table):
+        if line.steps is not None:
+            groups.setdefault((line.label, line.rate), []).append(line)
+    return [
+        Tried(
+            label=label,
+            rate=rate,
+            inside=_mean_of(line.inside for line in lines),
+            outside=_mean_of(line.outside for line in lines),
+            runs=tuple(line.key for line in lines),
+        )
+        for (label, rate), lines in groups.items()
+    ]
+
+
 def _unused(run: Planned, table: Table) -> str:
     """Why a finished run is in no number."""
     if run.unit not in table.units:
@@ -230,7 +260,14 @@ def _mean(record: RunRecord | None, unit: Unit, table: Table, *, inside: bool) -
     if record is None:
         return None
     scores = scores_of(record, table.split)
-    found = [s[table.metric.name] for d, s in scores.items() if (d in unit.sources) == inside]
+    return _mean_of(
+        s[table.metric.name] for d, s in scores.items() if (d in unit.sources) == inside
+    )
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are there; None of none."""
+    found = [value for value in values if value is not None]
     return math.fsum(found) / len(found) if found else None
 
 
