@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moduli.errors import UnsupportedError
 from moduli.experts.kernels.order import Order, order
@@ -90,6 +93,45 @@ def test_autocast_computes_in_its_type_and_returns_gradients_in_theirs() -> None
     assert rows.grad is not None
     assert weight.grad is not None
     assert {rows.grad.dtype, weight.grad.dtype} == {torch.float32}
+
+
+class Casts(TorchDispatchMode):
+    """Numbers in every tensor that is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_only_matrices_that_are_used() -> None:
+    rows, weight, todo, experts = case()
+    rows, weight = rows.float(), weight.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        routed_linear(rows, [weight], todo)
+    used = len(experts.unique())
+    assert used < E
+    assert sum(casts.sizes) == rows.numel() + used * INNER * OUTER
+
+
+def test_transforms_are_refused() -> None:
+    """Forward mode would be zero without a word."""
+    rows, weight, todo, _ = case()
+
+    def loss(matrices: Tensor) -> Tensor:
+        return routed_linear(rows, [matrices], todo).square().sum()
+
+    with pytest.raises(UnsupportedError, match=r"not by transforms of torch.func.*W\[e\]"):
+        torch.func.grad(loss)(weight)
+    with pytest.raises(UnsupportedError, match="forward-mode"):
+        torch.func.jvp(loss, (weight,), (weight,))
+    for learns in (True, False):
+        with torch.set_grad_enabled(learns), pytest.raises(UnsupportedError, match="vmapped"):
+            torch.func.vmap(loss)(weight.repeat(2, 1, 1, 1))
 
 
 def test_second_derivatives_are_refused() -> None:

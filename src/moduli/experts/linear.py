@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from moduli.errors import UnsupportedError
 from moduli.experts.kernels.order import Order
+from moduli.experts.kernels.transforms import refuse_transforms, register_refusals
+
+_WHAT = "routed matrices"
+_INSTEAD = "compute rows @ W[e] expert by expert, which is made of differentiable operations"
 
 
 def routed_linear(
@@ -35,7 +38,7 @@ def routed_linear(
         weights: matrices of the experts, those of the first experts first.
         order: slots sorted by expert; rows of slots that are not active come out as 0.
     """
-    rows, weights = _autocast(rows, list(weights))
+    rows, weights = _autocast(rows), list(weights)
     grouped = rows.is_cuda and rows.dtype == torch.bfloat16 and len(weights) == 1
     if (
         grouped
@@ -43,25 +46,38 @@ def routed_linear(
         and hasattr(F, "grouped_mm")
         and _aligned(*weights[0].shape)
     ):
-        y: Tensor = F.grouped_mm(rows, weights[0], offs=order.ends)
+        y: Tensor = F.grouped_mm(rows, weights[0].to(rows.dtype), offs=order.ends)
         return y
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(rows) is not Tensor:
+    refuse_transforms(_WHAT, _INSTEAD)
+    if torch.is_grad_enabled() or _watched(rows):
         return torch.ops.moduli.routed_linear(rows, weights, order.ends)  # type: ignore[no-any-return]
     return _products(rows, weights, order.ends)
+
+
+def _watched(rows: Tensor) -> bool:
+    """Whether somebody has to see the operator, whose dispatch takes longer than a token does."""
+    return (
+        type(rows) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _aligned(_: int, inner: int, outer: int) -> bool:
     return inner % 8 == 0 and outer % 8 == 0  # rows of multiples of 16 bytes
 
 
-def _autocast(rows: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """What autocast would have made of the operands of `F.linear`."""
+def _autocast(rows: Tensor) -> Tensor:
+    """What autocast would have made of the input of `F.linear`.
+
+    The matrices follow one by one where they are used: all of them would take longer than the
+    products of a few tokens, which use few experts.
+    """
     device = rows.device.type
     available = torch.amp.is_autocast_available(device)
     if not available or not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
-        return rows, weights
-    dtype = torch.get_autocast_dtype(device)
-    return rows.to(dtype), [part.to(dtype) for part in weights]
+        return rows
+    return rows.to(torch.get_autocast_dtype(device))
 
 
 def _parts(ends: Tensor, weights: Sequence[Tensor]) -> list[tuple[int, int, int, int]]:
@@ -81,7 +97,8 @@ def _products(rows: Tensor, weights: Sequence[Tensor], ends: Tensor) -> Tensor:
     parts = _parts(ends, weights)
     y = rows.new_empty(rows.shape[0], weights[0].shape[2])
     for number, place, start, end in parts:
-        torch.mm(rows[start:end], weights[number][place], out=y[start:end])
+        matrix = weights[number][place].to(rows.dtype)
+        torch.mm(rows[start:end], matrix, out=y[start:end])
     y[parts[-1][3] if parts else 0 :] = 0
     return y
 
@@ -115,7 +132,8 @@ def _backward(
     if wanted[0]:
         dx = torch.empty_like(rows)
         for number, place, start, end in parts:
-            torch.mm(grad[start:end], weights[number][place].T, out=dx[start:end])
+            matrix = weights[number][place].to(grad.dtype)
+            torch.mm(grad[start:end], matrix.T, out=dx[start:end])
         dx[parts[-1][3] if parts else 0 :] = 0
         found.append(dx)
     for i, want in enumerate(wanted[1:]):
@@ -123,9 +141,16 @@ def _backward(
             dw = torch.zeros_like(weights[i], memory_format=torch.contiguous_format)
             for number, place, start, end in parts:
                 if number == i:
-                    torch.mm(rows[start:end].T, grad[start:end], out=dw[place])
+                    _product_into(dw[place], rows[start:end].T, grad[start:end])
             found.append(dw)
     return found
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:  # under autocast
+        out.copy_(a @ b)
 
 
 @_backward.register_fake
@@ -152,11 +177,4 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _operator.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise UnsupportedError(
-        "the gradient of routed matrices has no gradient of its own; second derivatives are not "
-        "available for attention experts"
-    )
-
-
-_backward.register_autograd(_no_second_derivative)
+register_refusals("moduli::routed_linear", _WHAT, _INSTEAD)

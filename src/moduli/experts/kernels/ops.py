@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moduli.errors import UnsupportedError
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels import fused, loop, native, padded
 from moduli.experts.kernels.activations import KNOWN, Known
 from moduli.experts.kernels.blocks import saved_size
 from moduli.experts.kernels.precision import fast_fp32
+from moduli.experts.kernels.transforms import refuse_transforms, register_refusals
 from moduli.routing import Routing
 
 BACKENDS: dict[str, ModuleType] = {
@@ -44,6 +44,9 @@ _REST = "int[] sizes, str? fused, str activation, str kernel"
 _GRADIENTS = (0, 2, 4, 5, 6, 7, 8, 9)  # of which tensors, by position: not index, not active
 _EXPERTS = (4, 5, 6, 7, 8)  # whose gradients are views like themselves
 
+_WHAT = "experts"
+_INSTEAD = "choose kernel='autograd' (or 'eager'), which is made of differentiable operations"
+
 torch.library.define("moduli::experts", f"({_TENSORS}, {_REST}, bool save) -> (Tensor, Tensor)")
 torch.library.define(
     "moduli::experts_backward",
@@ -53,7 +56,7 @@ torch.library.define(
 
 def run(x: Tensor, routing: Routing, experts: StackedFFN, act: Known, kernel: str) -> Tensor:
     """One of `BACKENDS`, through the operator wherever somebody has to see it."""
-    _refuse_transforms()
+    refuse_transforms(_WHAT, _INSTEAD)
     save = _wants_gradient(x, routing, experts)
     if not save and _nobody_watches(x):
         backend = BACKENDS[_resolved(kernel, x, routing, experts)]
@@ -63,20 +66,6 @@ def run(x: Tensor, routing: Routing, experts: StackedFFN, act: Known, kernel: st
     tensors = _operands(x, routing, experts)
     y, _ = torch.ops.moduli.experts(*tensors, experts.sizes, experts.fused, act.name, kernel, save)
     return y
-
-
-def _refuse_transforms() -> None:
-    """Derivatives that the operator does not have: some would be zero without a word."""
-    if torch.compiler.is_compiling():
-        return
-    inner = torch._C._functorch.peek_interpreter_stack()
-    backwards = inner is not None and inner.key() == torch._C._functorch.TransformType.Grad
-    if backwards or torch.autograd.forward_ad._current_level >= 0:
-        raise UnsupportedError(
-            "experts have gradients by `backward` only, not by transforms of torch.func nor by "
-            "forward-mode differentiation; choose kernel='autograd' (or 'eager'), which is made of "
-            "differentiable operations"
-        )
 
 
 def _wants_gradient(x: Tensor, routing: Routing, experts: StackedFFN) -> bool:
@@ -207,22 +196,4 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
 torch.library.register_autograd("moduli::experts", _differentiate, setup_context=_setup)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise UnsupportedError(
-        "the gradient of experts has no gradient of its own; for second derivatives choose "
-        "kernel='autograd' (or 'eager'), which is made of differentiable operations"
-    )
-
-
-torch.library.register_autograd("moduli::experts_backward", _no_second_derivative)
-
-
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise UnsupportedError(
-        "experts cannot be vmapped, since routing decides how many rows each expert has; pass all "
-        "tokens at once, or choose kernel='eager'"
-    )
-
-
-for _name in ("moduli::experts", "moduli::experts_backward"):
-    torch.library.register_vmap(_name, _no_vmap)
+register_refusals("moduli::experts", _WHAT, _INSTEAD)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moduli.errors import UnsupportedError
 from moduli.experts.kernels.precision import fast_fp32
+from moduli.experts.kernels.transforms import refuse_transforms, register_refusals
 from moduli.models.stick_breaking import blocked, triton
 from moduli.models.stick_breaking.sight import Sight
 
@@ -24,6 +24,9 @@ _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? segments, "
     "float scale, bool attend_current, float least, str backend"
 )
+_WHAT = "stick-breaking attention"
+_INSTEAD = "choose backend='reference', which is made of differentiable operations"
+
 torch.library.define(
     "moduli::stick_breaking", f"({_OPERANDS}, bool save) -> (Tensor, Tensor, Tensor)"
 )
@@ -47,26 +50,12 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B Hq T Dv] like query, and what is left of the stick [B Hq T] in float32 or
     float64."""
-    _refuse_transforms()
+    refuse_transforms(_WHAT, _INSTEAD)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     out, rest, _ = torch.ops.moduli.stick_breaking(
         query, key, value, key_mask, segments, scale, attend_current, least, backend, save
     )
     return out, rest
-
-
-def _refuse_transforms() -> None:
-    """Derivatives that the operator does not have: some would be zero without a word."""
-    if torch.compiler.is_compiling():
-        return
-    inner = torch._C._functorch.peek_interpreter_stack()
-    backwards = inner is not None and inner.key() == torch._C._functorch.TransformType.Grad
-    if backwards or torch.autograd.forward_ad._current_level >= 0:
-        raise UnsupportedError(
-            "this attention has gradients by `backward` only, not by transforms of torch.func nor "
-            "by forward-mode differentiation; choose backend='reference', which is made of "
-            "differentiable operations"
-        )
 
 
 BACKENDS: dict[str, Any] = {"blocked": blocked, "triton": triton}
@@ -196,22 +185,4 @@ def _differentiate(
 torch.library.register_autograd("moduli::stick_breaking", _differentiate, setup_context=_setup)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise UnsupportedError(
-        "the gradient of stick-breaking attention has no gradient of its own; for second "
-        "derivatives choose backend='reference', which is made of differentiable operations"
-    )
-
-
-torch.library.register_autograd("moduli::stick_breaking_backward", _no_second_derivative)
-
-
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise UnsupportedError(
-        "stick-breaking attention cannot be vmapped; fold the mapped dimension into the batch, or "
-        "choose backend='reference'"
-    )
-
-
-for _name in ("moduli::stick_breaking", "moduli::stick_breaking_backward"):
-    torch.library.register_vmap(_name, _no_vmap)
+register_refusals("moduli::stick_breaking", _WHAT, _INSTEAD)
