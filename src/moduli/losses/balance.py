@@ -2,13 +2,14 @@
 
 Letters: T tokens, E experts, K experts per token.
 Sources: `load_importance`: the loss of every EMoE configuration, inherited from Tutel and from
-Shazeer et al. 2017; `switch`: Switch Transformers, equation 4.
+Shazeer et al. 2017; `switch`: Switch Transformers, equation 4, and facebookresearch/fairseq
+`top1gate.py`.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -52,9 +53,22 @@ def load_importance_loss(
     return (cv_squared(probs.sum(0)) + cv_squared(chance.sum(0))) / 2
 
 
-def switch_loss(scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"]) -> Float[Tensor, ""]:
-    """E * sum_i f_i P_i: f_i share of slots, P_i mean probability of expert i; 1 if even."""
+def switch_loss(
+    scores: Float[Tensor, "T E"],
+    experts: Int[Tensor, "T K"],
+    counted: Bool[Tensor, " T"] | None = None,
+) -> Float[Tensor, ""]:
+    """E * sum_i f_i P_i: f_i share of slots, P_i mean probability of expert i; 1 if even.
+
+    Args:
+        scores: of all experts.
+        experts: the chosen ones; those of the first choice alone for GShard's loss.
+        counted: tokens whose choices count in f, of which the others still dilute both means:
+            what fairseq does with padding. None counts all; leave padding out of every argument
+            for the loss of the real tokens.
+    """
     num_experts = scores.shape[1]
-    counts = torch.bincount(experts.reshape(-1), minlength=num_experts)
+    slots = experts.reshape(-1) if counted is None else experts[counted].reshape(-1)
+    counts = torch.bincount(slots, minlength=num_experts)
     share = counts.to(scores.dtype) / experts.numel()
     return num_experts * (share * scores.softmax(dim=-1).mean(0)).sum()

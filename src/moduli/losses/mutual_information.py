@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moduli.losses.z_loss import squared_logsumexp
+
 EPS = 1e-8
 Z_SHARE = 0.1
 
@@ -79,7 +81,7 @@ def router_statistics(
             logits = logits * keep
         else:
             tokens = real.sum().clamp_min(1).to(tokens.dtype)
-    squared = logits.logsumexp(dim=-1).square()
+    squared = squared_logsumexp(logits)
     if real is not None and not zero_padding:
         squared = squared * real
     return RouterStatistics(

@@ -50,9 +50,14 @@ class RouteContext:
         noise: a standard normal sample to use instead of drawing one (to reproduce a run).
         generator: where noise is drawn from; None is torch's own, whose state gradient
             checkpointing restores when it runs a layer a second time.
+        ids: the vocabulary's number of every token, for routers that look tokens up; None where
+            they are not known, or nobody asked for them.
+        shape: the leading dimensions that the tokens had, (B, S) where they are whole sequences.
     """
 
     training: bool = False
     real: Bool[Tensor, " T"] | None = None
     noise: Float[Tensor, "T E"] | None = None
     generator: torch.Generator | None = None
+    ids: Int[Tensor, " T"] | None = None
+    shape: tuple[int, ...] | None = None

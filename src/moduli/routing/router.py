@@ -25,7 +25,8 @@ from moduli.routing.rule import Rule, route
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Suspends autocast, which scores must not see: they decide by small gaps."""
-    if torch.is_autocast_enabled(device.type):
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    if available and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()  # entering autocast costs as much as scoring one token
 
@@ -41,6 +42,7 @@ class Router(nn.Module):
 
     learned = True  # False: the scores have no parameters of their own to train
     by_neurons = False  # True: scores come from the pre-activations of the neurons, not from x
+    by_ids = False  # True: it looks tokens up by their ids, which the context has to bring
 
     def __init__(self, num_experts: int, rule: Rule) -> None:
         super().__init__()

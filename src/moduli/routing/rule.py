@@ -64,7 +64,7 @@ def route(scores: Float[Tensor, "T E"], rule: Rule, context: RouteContext) -> Ro
     if rule.combine == "one":
         weights = torch.ones(experts.shape, dtype=scores.dtype, device=scores.device)
     else:
-        weights = _weights(noisy, experts, rule)
+        weights = combine_weights(noisy, experts, rule)
     return Routing(experts, weights, admitted(noisy, experts, rule, context), scores, noisy)
 
 
@@ -131,9 +131,10 @@ def _at_least_float32(scores: Tensor) -> torch.dtype:
     return scores.dtype if scores.dtype.itemsize >= 4 else torch.float32
 
 
-def _weights(
+def combine_weights(
     scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"], rule: Rule
 ) -> Float[Tensor, "T K"]:
+    """Weights of the chosen experts as `rule.combine` says, which is not "one"."""
     if rule.combine == "straight_through":
         # Value 1, gradient d log p: the layer starts at the dense function at k = E. From the
         # logarithm, since a probability may be too small for a number.

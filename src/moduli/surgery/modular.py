@@ -52,22 +52,46 @@ class MaskHook(ModelHook):
     def __call__(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is None and self.position is not None and self.position < len(args):
-            mask = args[self.position]
-        known = isinstance(mask, Tensor) and mask.dim() == 2
-        self.shared.masks[self.stack] = mask.bool() if isinstance(mask, Tensor) and known else None
+        mask = _table(args, kwargs, "attention_mask", self.position)
+        self.shared.masks[self.stack] = None if mask is None else mask.bool()
+
+
+class IdsHook(ModelHook):
+    """Forward pre-hook of a stack: notes the ids of its tokens, for routers that look them up."""
+
+    def __init__(self, shared: Pass, stack: str, position: int) -> None:
+        self.shared = shared
+        self.stack = stack
+        self.position = position  # of input_ids among positional arguments
+
+    def __call__(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        self.shared.ids[self.stack] = _table(args, kwargs, "input_ids", self.position)
+
+
+def _table(
+    args: tuple[object, ...], kwargs: dict[str, object], name: str, position: int | None
+) -> Tensor | None:
+    """An argument of a forward, if it was given and is one number per token."""
+    found = kwargs.get(name)
+    if found is None and position is not None and position < len(args):
+        found = args[position]
+    return found if isinstance(found, Tensor) and found.dim() == 2 else None
 
 
 def watch(model: nn.Module, shared: Pass) -> None:
     """Register the hooks that keep `shared` up to date."""
     model.register_forward_pre_hook(PassHook(shared), prepend=True)
+    by_ids = any(layer.router.by_ids for layer in routed_layers(model).values())
     for name, stack in stacks(model).items():
         names = list(inspect.signature(stack.forward).parameters)
         position = names.index("attention_mask") if "attention_mask" in names else None
-        stack.register_forward_pre_hook(
-            MaskHook(shared, name, position), with_kwargs=True, prepend=True
-        )
+        hooks: list[MaskHook | IdsHook] = [MaskHook(shared, name, position)]
+        if by_ids and "input_ids" in names:
+            hooks.append(IdsHook(shared, name, names.index("input_ids")))
+        for hook in hooks:
+            stack.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
 
 def unwatch(model: nn.Module) -> None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moduli.losses.balance import load_importance_loss, switch_loss
 from moduli.losses.noisy_top_k import noisy_top_k_loss
+from moduli.losses.z_loss import z_loss
 from moduli.routing import AvgKRouter, NoisyRouting, RouteContext, Router, Routing
 from moduli.surgery.locate import FFN
 
@@ -26,6 +27,8 @@ Select = Literal["gate", "up", "up_abs", "inter", "inter_abs"]
 Aux = Literal["none", "load_importance", "load_importance_paper", "switch"]
 NoisyAux = Literal["noisy_top_k", "noisy_top_k_paper"]
 """Of routers that learn their noise; "paper" tells who was chosen as LLaMA-MoE's code does."""
+FirstAux = Literal["first_choice", "first_choice_paper", "z"]
+"""The Switch loss on first choices; "paper" lets padding dilute its means. "z": z-loss alone."""
 
 
 @dataclass
@@ -38,32 +41,44 @@ class Pass:
         dense: True while `moduli.dense` is active: every neuron takes part.
         record: called with (layer name, routing, real mask per token) for every routed layer.
         noise: standard normal samples by layer name, to reproduce a run.
+        ids: [B, S] numbers of the tokens in the vocabulary, by the name of the stack like `masks`;
+            kept only for routers that look tokens up.
     """
 
     masks: dict[str, Tensor | None] = field(default_factory=dict)
     dense: bool = False
     record: Callable[[str, Routing, Tensor | None], None] | None = None
     noise: dict[str, Tensor] = field(default_factory=dict)
+    ids: dict[str, Tensor | None] = field(default_factory=dict)
 
     def context(self, shape: torch.Size, training: bool, name: str) -> RouteContext:
         """The route context of a layer whose input has leading dimensions `shape`."""
         return RouteContext(
-            training=training, real=self.real_tokens(shape, name), noise=self.noise.get(name)
+            training=training,
+            real=self.real_tokens(shape, name),
+            noise=self.noise.get(name),
+            ids=_of_stack(self.ids, shape, name),
+            shape=tuple(shape),
         )
 
     def real_tokens(self, shape: torch.Size, name: str) -> Bool[Tensor, " T"] | None:
         """Which tokens of a layer are real; None if its stack got no mask that fits `shape`."""
-        for stack, mask in self.masks.items():
-            if mask is None or not f"{name}.".startswith(f"{stack}." if stack else ""):
-                continue
-            if len(shape) != 2 or mask.shape[0] != shape[0]:
-                continue
-            # With a cache the mask is longer than the new tokens: the last columns are theirs.
-            # An encoder has no cache; a longer mask is one of its input before it was shortened.
-            longer = mask.shape[1] > shape[1] and not stack.endswith("encoder")
-            if longer or mask.shape[1] == shape[1]:
-                return mask[:, -shape[1] :].reshape(-1)
-        return None
+        return _of_stack(self.masks, shape, name)
+
+
+def _of_stack(found: dict[str, Tensor | None], shape: torch.Size, name: str) -> Tensor | None:
+    """What the stack of layer `name` was given for tokens of `shape`, flat; None if none fits."""
+    for stack, given in found.items():
+        if given is None or not f"{name}.".startswith(f"{stack}." if stack else ""):
+            continue
+        if len(shape) != 2 or given.shape[0] != shape[0]:
+            continue
+        # With a cache a mask is longer than the new tokens: the last columns are theirs.
+        # An encoder has no cache; a longer mask is one of its input before it was shortened.
+        longer = given.shape[1] > shape[1] and not stack.endswith("encoder")
+        if longer or given.shape[1] == shape[1]:
+            return given[:, -shape[1] :].reshape(-1)
+    return None
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,8 @@ class SeamOptions:
             the mean over neurons of the named one).
         aux: auxiliary loss of the layer, computed in training only.
         aux_weight: its weight in the loss.
+        z_share: of the router's z-loss that comes on top, in units of `aux_weight`; has no meaning
+            without an auxiliary loss on first choices.
         dropout: probability inside experts, in training.
         dropout_before: drop pre-activations (EMoE's language code) instead of activations.
         path: "auto" computes only chosen neurons where that is possible and pays off, "masked"
@@ -82,8 +99,9 @@ class SeamOptions:
     """
 
     select: Select = "gate"
-    aux: Aux | NoisyAux = "none"
+    aux: Aux | NoisyAux | FirstAux = "none"
     aux_weight: float = 0.01
+    z_share: float = 0.0
     dropout: float = 0.0
     dropout_before: bool = False
     path: Literal["auto", "masked", "fast"] = "auto"
@@ -158,6 +176,8 @@ class RoutedLayer(nn.Module):
         assert routing.scores is not None
         assert routing.noisy_scores is not None
         scores, noisy, experts = routing.scores, routing.noisy_scores, routing.experts
+        if self.options.aux in ("first_choice", "first_choice_paper", "z"):
+            return self._of_first_choices(scores, experts[:, :1], context.real)
         keep = None if self.router.rule.route_padding else context.real
         if keep is not None:
             scores, noisy, experts = scores[keep], noisy[keep], experts[keep]
@@ -179,6 +199,20 @@ class RoutedLayer(nn.Module):
         paper = self.options.aux == "load_importance_paper"
         compare = "probabilities" if paper else "scores"
         return load_importance_loss(scores, noisy, rule.top_k, rule.noise, compare=compare)
+
+    def _of_first_choices(
+        self,
+        scores: Float[Tensor, "T E"],
+        first: Int[Tensor, "T 1"],
+        real: Bool[Tensor, " T"] | None,
+    ) -> Tensor:
+        diluted = self.options.aux == "first_choice_paper"
+        if real is not None and not diluted:
+            scores, first, real = scores[real], first[real], None
+        if self.options.aux == "z":
+            return z_loss(scores)
+        loss = switch_loss(scores, first, real)
+        return loss + self.options.z_share * z_loss(scores) if self.options.z_share else loss
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of the last pass have a graph, which can neither be copied nor pickled.
