@@ -1,5 +1,33 @@
-"""Experts over several devices."""
+"""Experts over several devices.
 
-from moduli.parallel.expert_parallel import expert_parallel_plan
+Importing it offers the expert-parallel implementation "gating_dropout" to transformers, now or when
+transformers' own module for it is imported.
+"""
 
-__all__ = ["expert_parallel_plan"]
+from types import ModuleType
+from typing import Any
+
+from moduli.on_import import on_import
+from moduli.parallel.apply import AttachedGatingDropout, gating_dropout
+from moduli.parallel.expert_parallel import expert_parallel_plan, spread_experts
+from moduli.parallel.gating_dropout import GatingDropout
+
+__all__ = [
+    "AttachedGatingDropout",
+    "GatingDropout",
+    "expert_parallel_plan",
+    "gating_dropout",
+    "spread_experts",
+]
+
+
+def _offer(module: ModuleType) -> None:
+    def build(experts: Any, ep_mesh: Any, tp_mesh: Any) -> Any:
+        from moduli.parallel.exchange import GatingDropoutEP
+
+        return GatingDropoutEP(experts, ep_mesh, tp_mesh)
+
+    module.EPImplementationInterface.register("gating_dropout", build)
+
+
+on_import("transformers.distributed.expert_parallel", _offer)
