@@ -60,6 +60,14 @@ def test_low_precision_means_are_taken_in_float32() -> None:
     assert group_means(z.double(), (2048, 2048)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("kind", [LinearRouter, CosineRouter])
+def test_shapes_are_known_without_numbers(kind: type[LinearRouter | CosineRouter]) -> None:
+    """The meta device, which has no autocast to suspend."""
+    router = kind(D, 3, RULE).to("meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert router.scores(torch.empty(5, D, device="meta")).shape == (5, 3)
+
+
 def test_autocast_does_not_touch_scores() -> None:
     keys, x = torch.randn(12, D), torch.randn(7, D)
     routers = (

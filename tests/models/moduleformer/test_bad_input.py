@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from moduli.errors import CheckpointError, ConfigError, UnknownNameError
 from moduli.models.moduleformer.files import CONVERT
@@ -24,16 +24,51 @@ from tests.models.moduleformer import small
     [
         ({"k_att": 5}, r"k_att is 5, but there are 4 att experts.*at most 4"),
         ({"k_mlp": 6}, r"k_mlp is 6, but there are 5 mlp experts.*at most 5"),
-        ({"k_mlp": 0}, r"k_mlp is 0.*at least 1"),
+        ({"k_mlp": 0}, r"k_mlp is 0; it is a whole number of 1 or more"),
         ({"mlp_experts_per_layer": [5, 1]}, r"k_mlp is 2, but there are 1"),
         ({"att_experts_per_layer": [4]}, r"has 1 numbers for 2 layers"),
-        ({"n_head": 3}, r"att_hidden is 16, which 3 heads"),
+        ({"n_head": 3}, r"att_hidden is 16, which 3 heads.*choose n_head=2"),
         ({"sample_topk": 3}, r"sample_topk is 3; it is a part of the k_att = 2"),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small.config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_head": 0}, r"^n_head is 0; it is a whole number of 1 or more \(the default is 8\)$"),
+        ({"n_head": None}, r"n_head is None; it is a whole number of 1 or more"),
+        ({"n_head": "2"}, r"n_head is '2'; it is a whole number"),
+        ({"n_head": 2.0}, r"n_head is 2\.0; it is a whole number"),
+        ({"k_att": True}, r"k_att is True; it is a whole number"),
+        ({"n_layer": -1}, r"n_layer is -1; it is a whole number of 1 or more"),
+        ({"gating_size": 0}, r"gating_size is 0"),
+        ({"sample_topk": -1}, r"sample_topk is -1; it is a whole number of 0 or more"),
+        ({"moe_pdrop": 2.0}, r"moe_pdrop is 2\.0; it is a number from 0 to 1"),
+        ({"aux_loss_weight": "high"}, r"aux_loss_weight is 'high'; it is a number of 0 or more"),
+        ({"aux_loss_weight": float("nan")}, r"aux_loss_weight is nan"),
+        ({"aux_loss_type": None}, r"aux_loss_type is None; it is a name: 'mi'"),
+        ({"legacy_buffers": "no"}, r"legacy_buffers is 'no'; it is true or false"),
+        ({"att_experts_per_layer": 4}, r"att_experts_per_layer is 4; it is a list"),
+        ({"mlp_experts_per_layer": [5, "5"]}, r"mlp_experts_per_layer is \[5, '5'\]; it is a list"),
+        ({"gate_type": None}, r"gate_type is None\. Known names: gmm, linear, mlp"),
+        ({"gate_type": ["mlp"]}, r"gate_type is \['mlp'\]\. Did you mean 'mlp'"),
+        ({"activation_function": "gelu_nu"}, r"activation_function is 'gelu_nu'.*'gelu_new'"),
+        ({"activation_function": None}, r"activation_function is None\. Known names: gelu"),
+    ],
+)
+def test_fields_of_another_type_or_out_of_bounds(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small.config(**changes)
+
+
+def test_left_over_fields_of_published_files_are_kept() -> None:
+    left = {"att_func": "stickbreaking", "local_size": 1, "universal": False, "world_size": None}
+    made = small.config(**left, aux_loss_weight=0, embd_pdrop=0)
+    assert {name: getattr(made, name) for name in left} == left
 
 
 def test_a_gate_that_does_not_exist(tmp_path: Path) -> None:
@@ -94,6 +129,40 @@ def test_a_past_of_another_batch() -> None:
     past = model(ids, use_cache=True).past_key_values
     with pytest.raises(ConfigError, match=r"is of 2 sequences and the input has 3.*reorder_cache"):
         model(small.tokens(3, 1), past_key_values=past, use_cache=True)
+
+
+def test_a_past_that_is_no_cache(without_shape_checks: None) -> None:
+    model, ids = small.build(), small.tokens()
+    states = ((torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8)),) * 2
+    with pytest.raises(ConfigError, match=r"past_key_values is a tuple; .*DynamicCache\(\)"):
+        model(ids, past_key_values=states, use_cache=True)
+
+
+def test_labels_need_all_logits() -> None:
+    model, ids = small.build(), small.tokens()
+    with pytest.raises(ConfigError, match=r"labels are of 12 tokens.*logits of 1; leave out one"):
+        model(ids, labels=ids, logits_to_keep=1)
+    whole = model(ids, labels=ids)
+    assert torch.equal(model(ids, labels=ids, logits_to_keep=12).loss, whole.loss)
+
+
+def test_a_cache_of_fixed_length_is_refused_with_one_that_works() -> None:
+    model, ids = small.build(), small.tokens(1)
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    with pytest.raises(ConfigError, match=r"static cache.*choose 'dynamic'"):
+        model.generate(ids, cache_implementation="static", **settings)
+    found = model.generate(ids, cache_implementation="dynamic", **settings)
+    assert torch.equal(found, model.generate(ids, **settings))
+
+
+def test_packed_sequences_leave_no_cache_to_go_on_from() -> None:
+    model, ids = small.build(), small.tokens(1)
+    positions = torch.tensor([[*range(5), *range(7)]])
+    assert model(ids, position_ids=positions, use_cache=True).past_key_values is None
+    with pytest.raises(ConfigError, match=r"holds several sequences.*row of its own"):
+        model(ids, position_ids=positions, use_cache=True, past_key_values=DynamicCache())
+    alone = model(ids, position_ids=torch.arange(12)[None], use_cache=True)
+    assert alone.past_key_values.get_seq_length() == 12
 
 
 def test_a_mask_that_does_not_span_past_and_present() -> None:

@@ -42,6 +42,11 @@ class Tokens:
     segments: Int[Tensor, "B S"] | None = None
     real: Bool[Tensor, " BT"] | None = None
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tokens:
+        """The same on another device: by this accelerate moves them where a block is."""
+        masks = (self.keys, self.segments, self.real)
+        return Tokens(*(None if m is None else m.to(device, non_blocking) for m in masks))
+
 
 class AttentionExperts(nn.Module):
     """Router, query projections and output projections, under their published names.

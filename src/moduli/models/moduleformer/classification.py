@@ -17,11 +17,8 @@ from transformers.utils.generic import can_return_tuple
 from moduli.models.moduleformer.auxiliary import router_losses
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.inputs import last_tokens
-from moduli.models.moduleformer.modeling import (
-    ModuleFormerModel,
-    ModuleFormerOutput,
-    ModuleFormerPreTrainedModel,
-)
+from moduli.models.moduleformer.modeling import ModuleFormerModel, ModuleFormerPreTrainedModel
+from moduli.models.moduleformer.outputs import ModuleFormerOutput
 
 
 class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):

@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from moduli.errors import ConfigError, UnknownNameError, nearest
+from moduli.errors import ConfigError
+from moduli.models.moduleformer.fields import check_fields
 from moduli.models.registration import register_moduleformer
-
-GATES = ("mlp", "linear", "gmm")
 
 
 @strict
@@ -51,8 +50,9 @@ class ModuleFormerConfig(PreTrainedConfig):
         initializer_range: standard deviation of linear layers and embeddings at the start.
 
     Raises:
-        ConfigError: more experts per token than there are, or widths that do not fit.
-        UnknownNameError: there is no such gate.
+        ConfigError: a field of another type or out of bounds, more experts per token than there
+            are, or widths that do not fit.
+        UnknownNameError: there is no such gate or activation.
     """
 
     __no_type_check__: ClassVar[bool] = True  # `strict` checks, and takes fields it does not know
@@ -133,13 +133,13 @@ class ModuleFormerConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise what the class says."""
-        if self.gate_type not in GATES:
-            raise UnknownNameError(
-                f"gate_type is {self.gate_type!r}. {nearest(self.gate_type, GATES)}"
-            )
+        check_fields(self)
         if self.att_hidden % self.n_head:
+            works = [n for n in range(1, self.att_hidden + 1) if self.att_hidden % n == 0]
+            near = min(works, key=lambda n: abs(n - self.n_head))
             raise ConfigError(
-                f"att_hidden is {self.att_hidden}, which {self.n_head} heads (n_head) do not divide"
+                f"att_hidden is {self.att_hidden}, which {self.n_head} heads (n_head) do not "
+                f"divide; choose n_head={near}, or a multiple of {self.n_head} as att_hidden"
             )
         for kind, k in (("att", self.k_att), ("mlp", self.k_mlp)):
             per_layer = getattr(self, f"{kind}_experts_per_layer")

@@ -29,7 +29,7 @@ def tokens_of(
         past: what came before.
 
     Raises:
-        ConfigError: the mask or the cache is of another size, or the cache does not grow.
+        ConfigError: the mask or the cache is of another size, or the cache is none that grows.
     """
     batch, length = h.shape[:2]
     before = _checked_length(past, batch)
@@ -53,10 +53,16 @@ def _checked_length(past: Cache | None, batch: int) -> int:
     """Tokens in a cache that fits."""
     if past is None:
         return 0
+    if not isinstance(past, Cache):
+        raise ConfigError(
+            f"past_key_values is a {type(past).__name__}; it is a cache of transformers, such as "
+            "DynamicCache(): leave it out at first, and give what the output has as "
+            "past_key_values"
+        )
     if past.is_compileable:
         raise ConfigError(
             "a static cache has its final length from the start, and here the number of keys says "
-            "where a query stands; leave out cache_implementation or choose 'offloaded'"
+            "where a query stands; leave out cache_implementation, or choose 'dynamic'"
         )
     before = int(past.get_seq_length())
     if before:

@@ -1,17 +1,13 @@
 """ModuleFormer: a decoder whose attention heads and feed-forward experts are chosen per token.
 
-    h <- h + attention experts(ln_1(h));  h <- h + feed-forward experts(ln_2(h))
-
 Real models of transformers: Auto classes, `from_pretrained` and `save_pretrained` in the published
 tensor names, generation, gradient checkpointing. There is no position embedding.
-Letters: B batch, T tokens of a pass, S tokens with those of the cache, D width, V vocabulary, E
-experts.
+Letters: B batch, T tokens of a pass, D width.
 Source: ModuleFormer (arXiv 2306.04640), IBM/ModuleFormer `modeling_moduleformer.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,101 +17,27 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moduli.errors import ConfigError
-from moduli.models.moduleformer.attention import ModuleFormerAttention, Tokens
 from moduli.models.moduleformer.auxiliary import expert_load, router_losses, share_of_step
+from moduli.models.moduleformer.block import NORM_EPS, ModuleFormerBlock
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.experts import ExpertLinear, ModuleFormerExperts
 from moduli.models.moduleformer.files import check_weights, no_safetensors
 from moduli.models.moduleformer.inputs import tokens_of
 from moduli.models.moduleformer.naming import DEAD_BUFFERS, dead_buffers, take_published_names
+from moduli.models.moduleformer.outputs import ModuleFormerCausalLMOutput, ModuleFormerOutput
 from moduli.models.moduleformer.routers import ModuleFormerRouter
-from moduli.routing import RouteContext, Router, Routing
+from moduli.routing import Router
 
-NORM_EPS = 1e-5  # always: the reference does not read `layer_norm_epsilon`
-
-
-@dataclass
-class ModuleFormerOutput(MoeModelOutputWithPast):
-    """Output of the decoder.
-
-    Two routers per block, attention before feed-forward, in every tuple:
-
-    Attributes:
-        attentions: weights [B, K, H, T, S] of every block.
-        router_logits: [B T, E].
-        router_experts: experts that were chosen [B T, K].
-        router_load: tokens per expert [E], without padding.
-    """
-
-    router_logits: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
-    router_experts: tuple[Tensor, ...] | None = None
-    router_load: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class ModuleFormerCausalLMOutput(MoeCausalLMOutputWithPast):
-    """Output of the language model; see `ModuleFormerOutput`.
-
-    Attributes:
-        aux_loss: sum of the auxiliary losses of all routers, without its weight.
-    """
-
-    router_logits: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
-    router_experts: tuple[Tensor, ...] | None = None
-    router_load: tuple[Tensor, ...] | None = None
-
-
-class FeedForward(nn.Module):
-    """Router and feed-forward experts of one block."""
-
-    def __init__(self, config: ModuleFormerConfig, layer: int) -> None:
-        super().__init__()
-        num_experts = config.mlp_experts(layer)
-        self.gate = ModuleFormerRouter(config, num_experts, config.k_mlp)
-        self.experts = ModuleFormerExperts(config, num_experts)
-
-    def forward(self, x: Float[Tensor, "B T D"], tokens: Tokens) -> tuple[Tensor, Routing]:
-        flat = x.flatten(0, 1)
-        routing = self.gate(flat, RouteContext(training=self.training, real=tokens.real))
-        y = self.experts(flat, routing.experts, routing.weights.to(flat.dtype))
-        return y.view_as(x), routing
-
-
-class ModuleFormerBlock(GradientCheckpointingLayer):
-    """One block. Everything later needed comes as one flat tuple, which checkpointing can handle:
-    output, attention weights or None, and logits and experts of both routers."""
-
-    def __init__(self, config: ModuleFormerConfig, layer: int) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
-        self.attn = ModuleFormerAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
-        self.mlpf = FeedForward(config, layer)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(
-        self,
-        hidden_states: Float[Tensor, "B T D"],
-        tokens: Tokens,
-        past_key_values: Cache | None = None,
-        want_weights: bool = False,
-    ) -> tuple[Tensor | None, ...]:
-        h = hidden_states
-        y, weights, attending = self.attn(self.ln_1(h), tokens, past_key_values, want_weights)
-        h = h + self.resid_dropout(y)
-        y, computing = self.mlpf(self.ln_2(h), tokens)
-        h = h + self.resid_dropout(y)
-        return h, weights, attending.scores, attending.experts, computing.scores, computing.experts
+PACKED = (
+    "position_ids start anew within a row, so it holds several sequences, and a cache would mix "
+    "them up when it is gone on from; leave out past_key_values, or give every sequence a row of "
+    "its own with an attention_mask"
+)
 
 
 class ModuleFormerPreTrainedModel(PreTrainedModel):
@@ -232,7 +154,8 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
             input_ids: tokens, or `inputs_embeds` instead.
             attention_mask: 0 for padding, anywhere in the row, over past and present tokens.
             position_ids: of packed sequences, which start anew at 0: there the model forgets.
-                Without a mask and a cache only; otherwise positions mean nothing here.
+                Without a mask and a cache only; otherwise positions mean nothing here. What was
+                packed cannot be gone on from: no cache is returned.
             past_key_values: cache of what came before. Not looked at if `use_cache` is false, as
                 in the reference.
             inputs_embeds: embeddings to start from.
@@ -242,7 +165,8 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
             output_router_logits: also return what the routers said.
 
         Raises:
-            ConfigError: neither or both of tokens and embeddings; a mask or a cache of other size.
+            ConfigError: neither or both of tokens and embeddings; a mask or a cache of other size;
+                a cache to be filled with packed sequences.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
@@ -253,6 +177,10 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         if use_cache:
             past = DynamicCache(config=self.config) if past_key_values is None else past_key_values
         tokens = tokens_of(h, attention_mask, position_ids, past)
+        if tokens.segments is not None and not torch.compiler.is_compiling():
+            if past is not None and past is past_key_values:
+                raise ConfigError(PACKED)
+            past = None  # which only the default of `use_cache` asked for
         h = self.drop(h)
         wants = self.config.output_attentions if output_attentions is None else output_attentions
         attentions, logits, experts = [], [], []
@@ -311,7 +239,11 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         Args:
             labels: the tokens themselves (they are shifted here), -100 where there is no loss.
                 With them the loss includes the auxiliary losses, each by its weight.
-            logits_to_keep: logits of so many last tokens, or of these places; 0: all.
+            logits_to_keep: logits of so many last tokens, or of these places; 0: all, which
+                `labels` need.
+
+        Raises:
+            ConfigError: labels, and not the logits of all tokens.
         """
         told = output_router_logits
         told = self.config.output_router_logits if told is None else told
@@ -335,6 +267,11 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         logits = self.lm_head(h[:, keep, :]).float()
         loss = aux_loss = None
         if labels is not None:
+            if logits.shape[:2] != h.shape[:2]:
+                raise ConfigError(
+                    f"labels are of {h.shape[1]} tokens, and logits_to_keep leaves logits of "
+                    f"{logits.shape[1]}; leave out one of the two"
+                )
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
         if told or weighted:
             aux_loss, gathered = router_losses(self.config, found, attention_mask)
