@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -128,6 +129,39 @@ def test_device_maps(kind: dict[str, Any], where: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(found.generate(ids, **settings), model.generate(ids, **settings))
+
+
+def test_masks_follow_a_block_to_its_device() -> None:
+    """By the hook with which accelerate spreads a model over devices."""
+    model, ids = small.build(), small.tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    block = model.transformer.h[1].to("meta")
+    add_hook_to_module(block, AlignDevicesHook(execution_device="meta"))
+    seen: list[Any] = []
+    block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    model.transformer.ln_f.to("meta")
+    model.lm_head.to("meta")
+    for masks in ({"attention_mask": mask}, {"position_ids": torch.arange(12)[None] % 5}):
+        assert model(ids, **masks).logits.is_meta
+    padded, packed = seen
+    assert all(t.is_meta for t in (padded.keys, padded.real, packed.segments))
+
+
+@pytest.mark.gpu
+def test_a_model_on_two_devices(kind: dict[str, Any], tmp_path: Path) -> None:
+    model = small.build(**kind)
+    model.save_pretrained(tmp_path)
+    places = {"transformer.wte": 0, "transformer.h.0": 0, "transformer.h.1": "cpu"}
+    places |= {"transformer.ln_f": "cpu", "lm_head": 0}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+    ids = small.tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for masks in ({"attention_mask": mask}, {"position_ids": torch.arange(12)[None] % 5}):
+        on_device = {name: value.to(0) for name, value in masks.items()}
+        logits = found(ids.to(0), **on_device).logits.cpu()
+        torch.testing.assert_close(logits, model(ids, **masks).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_a_copy_is_independent() -> None:

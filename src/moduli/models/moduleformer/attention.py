@@ -45,7 +45,9 @@ class Tokens:
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tokens:
         """The same on another device: by this accelerate moves them where a block is."""
         masks = (self.keys, self.segments, self.real)
-        return Tokens(*(None if m is None else m.to(device, non_blocking) for m in masks))
+        return Tokens(
+            *(None if m is None else m.to(device, non_blocking=non_blocking) for m in masks)
+        )
 
 
 class AttentionExperts(nn.Module):
