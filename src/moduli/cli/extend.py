@@ -51,7 +51,7 @@ class Extend(Data):
     --data, else of the first ones); closed: fresh, with rows by which routers hardly ever choose
     them (not for "gmm" gates; needs --data of the old domain to hold there)."""
     noise: float = 0.0
-    """With --start copy: what is added to copies, in standard deviations of the tensor."""
+    """With --start copy: what is added to copies, in units of their standard deviation."""
     train_domain: str | None = None
     """The domain to train on, or several with commas between them. Default: the first one."""
     replay_domain: str | None = None

@@ -238,6 +238,38 @@ def test_copies_are_of_the_least_probable_experts_and_need_not_be_exact() -> Non
     assert max(least.leak) < 0.5
 
 
+def test_noise_is_measured_by_what_is_copied() -> None:
+    model = small.build()
+    stack = model.transformer.h[0].attn.q_proj.experts
+    with torch.no_grad():
+        stack.weight[1:] *= 100
+    extend(model, attention=1, start="copy", noise=0.1)
+    grown = model.transformer.h[0].attn.q_proj.experts
+    gap = (grown.new.weight[0] - grown.old.weight[0]).std() / grown.old.weight[0].std()
+    assert 0.08 < float(gap.detach()) < 0.12
+
+
+def test_what_was_frozen_before_growing_is_frozen_after_it() -> None:
+    model = small.build()
+    model.freeze_routers()
+    model.transformer.wte.requires_grad_(False)
+    model.transformer.h[0].mlpf.experts.requires_grad_(False)
+
+    def trained(model: Any) -> set[str]:
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    before = trained(model)
+    extend(model, attention=1, feed_forward=1)
+    assert trained(settled_copy(model)) == before
+    extend(model, feed_forward=1)  # which settles it first
+    train_only_new(model)
+    settle(model)
+    assert trained(model) == before
+    model.requires_grad_(True)
+    settle(model)  # nothing is remembered
+    assert trained(model) == {name for name, _ in model.named_parameters()}
+
+
 def test_leakage_is_the_probability_of_new_experts_on_real_tokens() -> None:
     model = small.build()
     extend(model, attention=1, feed_forward=2)

@@ -125,8 +125,8 @@ def extend(
         start: see the file's head.
         use: with start="copy", of what `expert_use` measured: the least probable experts of every
             router are copied, which leaks least. None: the first ones, in turn.
-        noise: with start="copy", standard deviation of what is added to copies, in units of that
-            of the tensor.
+        noise: with start="copy", standard deviation of what is added to copies, in units of
+            theirs.
         leak: with start="closed", the share of probability that new experts may take at a router,
             on average over tokens.
         batches: keyword arguments of the model's forward, to measure leakage on, and to close new
@@ -234,8 +234,9 @@ def _grow(
     def new_of(like: Tensor, drawn: Tensor) -> nn.Parameter:
         if sources is not None:
             drawn = like.detach()[sources].float().cpu()
-            spread = noise * float(like.detach().float().std())
-            drawn += spread * torch.randn(drawn.shape, generator=generator)
+            if noise:
+                spread = noise * drawn.std()
+                drawn += spread * torch.randn(drawn.shape, generator=generator)
         return nn.Parameter(drawn.to(like))
 
     for name in STACKS[part.kind]:

@@ -217,14 +217,22 @@ def train_only_new(model: Any) -> None:
     new = set(new_parameters(model))
     if not new:
         raise ModelError(_NOT_GROWING)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in new)
-        if parameter not in new:
-            parameter.grad = None  # an optimiser that was made before would act on it
+    for module in model.modules():
+        own = list(module.named_parameters(recurse=False))
+        vars(module).setdefault(_TRAINED, {name: p.requires_grad for name, p in own})
+        for _, parameter in own:
+            parameter.requires_grad_(parameter in new)
+            if parameter not in new:
+                parameter.grad = None  # an optimiser that was made before would act on it
+
+
+_TRAINED = "_trained_before_growing"
+"""Attribute of modules: by the name of a parameter, whether it was trained before."""
 
 
 def settle(model: Any) -> None:
-    """Make ordinary modules of a model that is growing, in place; all parameters train again.
+    """Make ordinary modules of a model that is growing, in place; what was trained before it grew
+    trains again.
 
     Parameters and routing are the same bit for bit. Experts give the same up to the order in
     which the outputs of a token's experts are summed. A model that is not growing is left alone.
@@ -232,8 +240,9 @@ def settle(model: Any) -> None:
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, Grown)]
     for path, module in found:
         model.set_submodule(path, module.settled())
-    if found:
-        model.requires_grad_(True)
+    for module in model.modules():
+        for name, trained in vars(module).pop(_TRAINED, {}).items():
+            module.get_parameter(name).requires_grad_(trained)
 
 
 @contextmanager
