@@ -38,7 +38,7 @@ class FeedForward(nn.Module):
         return y.view_as(x), routing
 
 
-class ModuleFormerBlock(GradientCheckpointingLayer):
+class ModuleFormerBlock(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     """One block. Everything later needed comes as one flat tuple, which checkpointing can handle:
     output, attention weights or None, and logits and experts of both routers."""
 
