@@ -25,11 +25,12 @@ from moduli.surgery.alignment import align_file
 from moduli.surgery.convert import recorded_layout, set_layout
 from moduli.surgery.files import MARKER, OWN, new_directory, sha256
 from moduli.surgery.inputs import probe_batch
-from moduli.surgery.merge import dense_state, is_averaged
+from moduli.surgery.merge import dense_state, is_averaged, parted_layers
 from moduli.surgery.modular import is_modular, routed_layers
 from moduli.surgery.probe import merge_gap
 from moduli.surgery.processes import gathered, is_shared, is_writer, unwrapped, write_once
 from moduli.surgery.projection import is_sharded, whole
+from moduli.surgery.stochastic import stochastic_projections
 from moduli.version import __version__
 
 
@@ -89,6 +90,7 @@ def save(
     modular = is_modular(model)
     layout = recorded_layout(model)[1] if modular else None
     exact = not any(is_averaged(layer) for layer in routed_layers(model).values())
+    exact = exact and not parted_layers(model)
     gap, measured_on = _gap(model, batch) if modular else (None, "")
     state = _ordinary_state(model, modular, together)
     own = own_tensors(model)
@@ -136,10 +138,12 @@ def _require_storable(model: Any) -> None:
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Tensors that the ordinary part has no place for, by their names in the modular model."""
+    parts: dict[str, nn.Module] = {layer.path: layer for layer in routed_layers(model).values()}
+    parts |= stochastic_projections(model)
     return {
-        f"{layer.path}.{key}": whole(tensor.detach()).cpu()
-        for layer in routed_layers(model).values()
-        for key, tensor in layer.state_dict().items()
+        f"{path}.{key}": whole(tensor.detach()).cpu()
+        for path, part in parts.items()
+        for key, tensor in part.state_dict().items()
     }
 
 

@@ -20,9 +20,9 @@ from moduli.errors import CheckpointError, ConfigError, ModelError
 from moduli.routing import Router
 from moduli.surgery.alignment import align_parameters
 from moduli.surgery.fast import FastFFN
-from moduli.surgery.layout import LayerLayout, Layout, OwnedLayout
+from moduli.surgery.layout import CopiesLayout, LayerLayout, Layout, OwnedLayout
 from moduli.surgery.locate import FFN
-from moduli.surgery.modular import PassHook, is_modular, require_modular, watch
+from moduli.surgery.modular import HostHook, is_modular, require_modular, watch
 from moduli.surgery.neurons import permute_neurons
 from moduli.surgery.owned import Own, OwnedExperts, own_ffn, require_copyable
 from moduli.surgery.projection import base_of, bias_of, is_sharded
@@ -228,12 +228,15 @@ def require_same_layout(model: nn.Module, checkpoint: Path) -> None:
 def _orders(layout: Layout | None) -> dict[str, list[int]]:
     if layout is None:
         return {}
-    return {
-        x.name: x.labels.tolist()
-        if isinstance(x, LayerLayout)
-        else [i for group in x.members for i in group.tolist()]
-        for x in layout.layers
-    }
+    return {x.name: _order(x) for x in layout.layers}
+
+
+def _order(layer: LayerLayout | OwnedLayout | CopiesLayout) -> list[int]:
+    if isinstance(layer, LayerLayout):
+        return list(layer.labels.tolist())
+    if isinstance(layer, CopiesLayout):
+        return [layer.copies]
+    return [i for group in layer.members for i in group.tolist()]
 
 
 def set_layout(model: nn.Module, layout: Layout | None) -> None:
@@ -257,7 +260,7 @@ def recorded_layout(model: nn.Module) -> tuple[nn.Module, Layout]:
         ModelError: no config has one.
     """
     for module in model.modules():
-        if any(isinstance(hook, PassHook) for hook in module._forward_pre_hooks.values()):
+        if any(isinstance(hook, HostHook) for hook in module._forward_pre_hooks.values()):
             layout = layout_of(module)
             if layout is not None:
                 return module, layout

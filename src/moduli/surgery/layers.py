@@ -1,8 +1,9 @@
-"""Which layers: "all", "last:2", "every:2", a list of indices, or module-name patterns."""
+"""Which layers: "all", "last:2", "every:2", "even", a list of indices, or module-name patterns."""
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 
 from moduli.errors import ConfigError
@@ -11,7 +12,7 @@ from moduli.surgery.locate import FFN
 LayerSpec = str | Sequence[int] | Sequence[str]
 
 FORMS = (
-    '"all", "last:2", "first:2", "every:2", a list of indices such as [4, 5], '
+    '"all", "last:2", "first:2", "every:2", "even", a list of indices such as [4, 5], '
     'or name patterns such as "*.layer.5" or ["*.5.mlp"]'
 )
 
@@ -20,6 +21,7 @@ def choose_layers(ffns: Sequence[FFN], spec: LayerSpec) -> list[FFN]:
     """The FFNs that `spec` names, in model order.
 
     "every:n" takes the last FFN and every n-th before it, so that the top is always included.
+    "even" takes the FFNs 0, 2, 4, ... of every stack, encoder and decoder each counted from 0.
     Negative indices count from the end.
 
     Raises:
@@ -45,6 +47,8 @@ def _from_word(ffns: Sequence[FFN], spec: str) -> list[FFN]:
     word, _, number = spec.partition(":")
     if spec == "all":
         return list(ffns)
+    if spec == "even":
+        return _even(ffns)
     if word in ("last", "first", "every") and number.isdigit() and int(number) > 0:
         n = int(number)
         if word == "every":
@@ -55,6 +59,18 @@ def _from_word(ffns: Sequence[FFN], spec: str) -> list[FFN]:
     if any(mark in spec for mark in "*?[.") or any(f.name == spec for f in ffns):
         return _from_patterns(ffns, [spec])
     raise ConfigError(f"layers={spec!r} is not understood; it may be {FORMS}")
+
+
+def _even(ffns: Sequence[FFN]) -> list[FFN]:
+    """Every second FFN of those whose names differ in numbers alone: they are of one stack."""
+    seen: dict[str, int] = {}
+    chosen = []
+    for ffn in ffns:
+        stack = re.sub(r"\d+", "#", ffn.name)
+        seen[stack] = seen.get(stack, 0) + 1
+        if seen[stack] % 2:
+            chosen.append(ffn)
+    return chosen
 
 
 def _from_patterns(ffns: Sequence[FFN], patterns: Sequence[str]) -> list[FFN]:

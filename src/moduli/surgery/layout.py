@@ -58,12 +58,20 @@ class OwnedLayout:
 
 
 @dataclass(frozen=True, eq=False)
+class CopiesLayout:
+    """One FFN that has several copies of every projection: its block's name, and how many."""
+
+    name: str
+    copies: int
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Method, its settings at conversion, the converted layers, and k if it was changed since."""
 
     method: str
     config: Mapping[str, Any]
-    layers: Sequence[LayerLayout | OwnedLayout]
+    layers: Sequence[LayerLayout | OwnedLayout | CopiesLayout]
     top_k: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +103,9 @@ class Layout:
             raise CheckpointError(f"the layout in the config is damaged: {error!r}") from error
 
 
-def _entry(layer: LayerLayout | OwnedLayout) -> dict[str, Any]:
+def _entry(layer: LayerLayout | OwnedLayout | CopiesLayout) -> dict[str, Any]:
+    if isinstance(layer, CopiesLayout):
+        return {"name": layer.name, "copies": layer.copies}
     if isinstance(layer, LayerLayout):
         return {
             "name": layer.name,
@@ -112,7 +122,9 @@ def _entry(layer: LayerLayout | OwnedLayout) -> dict[str, Any]:
     }
 
 
-def _layer(entry: Mapping[str, Any]) -> LayerLayout | OwnedLayout:
+def _layer(entry: Mapping[str, Any]) -> LayerLayout | OwnedLayout | CopiesLayout:
+    if "copies" in entry:
+        return CopiesLayout(entry["name"], int(entry["copies"]))
     if "labels" in entry:
         labels = _unpack(entry["labels"], entry["neurons"])
         return LayerLayout(entry["name"], labels, entry.get("moved", True))

@@ -18,8 +18,8 @@ from moduli.surgery.convert import (
     split_bias,
     uninstall,
 )
-from moduli.surgery.layout import LayerLayout, OwnedLayout
-from moduli.surgery.modular import require_modular, unwatch
+from moduli.surgery.layout import CopiesLayout, LayerLayout, OwnedLayout
+from moduli.surgery.modular import is_modular, require_modular, routed_layers, unwatch
 from moduli.surgery.neurons import neuron_tensors, permute_neurons
 from moduli.surgery.owned import (
     OwnedExperts,
@@ -34,6 +34,13 @@ from moduli.surgery.projection import base_of, bias_of, is_sharded, placed_like,
 from moduli.surgery.report import MergeReport
 from moduli.surgery.routed import RoutedLayer
 from moduli.surgery.seam import RoutedActivation
+from moduli.surgery.stochastic import (
+    have_parted,
+    mean_tensors,
+    merge_projections,
+    require_mergeable,
+    stochastic_projections,
+)
 
 
 @torch.no_grad()
@@ -55,10 +62,15 @@ def merge(model: nn.Module, *, exact: bool = False) -> MergeReport:
         ModelError: the model has no routed layers, or adapters that cannot be moved, or `exact`
             is impossible; it is left as it was.
     """
-    layers = require_modular(model)
+    layers = _routed(model)
     reshard(model)
     host, layout = recorded_layout(model)
-    for entry in layout.layers:  # whatever raises does so before any change
+    require_mergeable(model)  # whatever raises does so before any change
+    if exact:
+        _require_equal_copies(model)
+    for entry in layout.layers:
+        if isinstance(entry, CopiesLayout):
+            continue
         layer = _layer_named(layers, entry.name)
         if isinstance(layer, RoutedActivation):
             _require_movable(layer, entry)
@@ -67,8 +79,11 @@ def merge(model: nn.Module, *, exact: bool = False) -> MergeReport:
             _require_whole(layer)
         if exact:
             _require_exact(layer)
-    averaged = []
+    averaged = parted_layers(model)
+    merge_projections(host)
     for entry in layout.layers:
+        if isinstance(entry, CopiesLayout):
+            continue
         layer = _layer_named(layers, entry.name)
         if isinstance(layer, OwnedExperts):
             if disown(host, layer):
@@ -78,6 +93,32 @@ def merge(model: nn.Module, *, exact: bool = False) -> MergeReport:
     unwatch(host)
     set_layout(host, None)
     return MergeReport([entry.name for entry in layout.layers], not averaged, averaged)
+
+
+def _routed(model: nn.Module) -> dict[str, RoutedLayer]:
+    """The routed layers, none if the model has stochastic experts instead.
+
+    Raises:
+        ModelError: it has neither.
+    """
+    return routed_layers(model) if is_modular(model) else require_modular(model)
+
+
+def parted_layers(model: nn.Module) -> list[str]:
+    """What of stochastic experts has to be averaged: layers whose copies are no longer equal."""
+    found: dict[str, None] = {}
+    for name, projection in stochastic_projections(model).items():
+        if have_parted(projection):
+            found[f"experts of {name}"] = None
+    return list(found)
+
+
+def _require_equal_copies(model: nn.Module) -> None:
+    for one in parted_layers(model):
+        raise ModelError(
+            f"{one.removeprefix('experts of ')} cannot be merged exactly: its copies were trained "
+            "apart. merge(model) averages them; moduli.save measures what that changes"
+        )
 
 
 def _close_seam(layer: RoutedActivation, entry: LayerLayout | OwnedLayout) -> bool:
@@ -142,19 +183,25 @@ def dense_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     Raises:
         ModelError: the model has no routed layers.
     """
-    layers = require_modular(model)
+    layers, copies = _routed(model), stochastic_projections(model)
     reshard(model)
     _, layout = recorded_layout(model)
     ours = {
         id(tensor)
-        for layer in layers.values()
+        for layer in (*layers.values(), *copies.values())
         for name, tensor in layer.state_dict(keep_vars=True).items()
         if "modules_to_save." not in name  # a trained router is a part of the adapter, says PEFT
     }
     kept = model.state_dict(keep_vars=True)
     state = gathered({n: tensor for n, tensor in kept.items() if id(tensor) not in ours}, keep)
     names = {id(module): name for name, module in model.named_modules()}
+    for path, projection in copies.items():
+        with whole_parameters(projection):
+            merged = mean_tensors(projection)
+        state |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
     for entry in layout.layers:
+        if isinstance(entry, CopiesLayout):
+            continue
         layer = _layer_named(layers, entry.name)
         if isinstance(layer, OwnedExperts):
             block = names[id(layer)].removesuffix(layer.path) + entry.name

@@ -15,13 +15,18 @@ from moduli.errors import ModelError
 from moduli.routing import AvgKRouter
 from moduli.surgery.locate import stacks
 from moduli.surgery.routed import Pass, RoutedLayer
+from moduli.surgery.stochastic import StochasticProjection
 
 
 class ModelHook:
     """A hook of ours on the whole model; `moduli.merge` removes them all."""
 
 
-class PassHook(ModelHook):
+class HostHook(ModelHook):
+    """One on the module itself whose config records the layout."""
+
+
+class PassHook(HostHook):
     """Forward pre-hook of the whole model: a new pass begins, so re-tie kept gates."""
 
     def __init__(self, shared: Pass) -> None:
@@ -128,8 +133,8 @@ def require_modular(model: nn.Module) -> dict[str, RoutedLayer]:
 
 
 def is_modular(model: nn.Module) -> bool:
-    """Whether the model has routed layers."""
-    return any(isinstance(m, RoutedLayer) for m in model.modules())
+    """Whether the model has routed layers, or stochastic experts."""
+    return any(isinstance(m, RoutedLayer | StochasticProjection) for m in model.modules())
 
 
 @contextmanager
@@ -137,9 +142,10 @@ def dense(model: nn.Module) -> Iterator[None]:
     """Within the block every expert of every layer takes part, as after `moduli.merge`.
 
     Raises:
-        ModelError: the model has no routed layers.
+        ModelError: the model has no experts of ours.
     """
-    states = {id(layer.shared): layer.shared for layer in require_modular(model).values()}
+    layers = [m for m in model.modules() if isinstance(m, RoutedLayer | StochasticProjection)]
+    states = {id(layer.shared): layer.shared for layer in layers or require_modular(model).values()}
     before = {key: state.dense for key, state in states.items()}
     for state in states.values():
         state.dense = True

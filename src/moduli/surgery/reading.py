@@ -20,8 +20,9 @@ from moduli.errors import CheckpointError
 from moduli.surgery.alignment import align_parameters
 from moduli.surgery.convert import layout_of
 from moduli.surgery.files import MARKER, OWN, check_readable, sha256, weight_files
-from moduli.surgery.layout import Layout, OwnedLayout
+from moduli.surgery.layout import LayerLayout, Layout
 from moduli.surgery.modular import routed_layers
+from moduli.surgery.stochastic import stochastic_projections
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,15 @@ def load_own(model: nn.Module, own: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: some are missing, or have no place.
     """
-    for name, layer in routed_layers(model).items():
-        prefix = f"{layer.path}."
+    parts: dict[str, nn.Module] = {layer.path: layer for layer in routed_layers(model).values()}
+    parts |= stochastic_projections(model)
+    for path, part in parts.items():
+        prefix = f"{path}."
         mine = {k.removeprefix(prefix): t for k, t in own.items() if k.startswith(prefix)}
-        missing = set(layer.state_dict()) - set(mine)
+        missing = set(part.state_dict()) - set(mine)
         if missing:
-            raise CheckpointError(f"the checkpoint has no {sorted(missing)} for {name}")
-        layer.load_state_dict(mine, strict=True)
+            raise CheckpointError(f"the checkpoint has no {sorted(missing)} for {path}")
+        part.load_state_dict(mine, strict=True)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -133,7 +136,8 @@ def _load_dense(folder: Path) -> tuple[Any, Collection[str]]:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not load: {error}") from error
     layout = layout_of(model)
-    owned = [x.name for x in layout.layers if isinstance(x, OwnedLayout)] if layout else []
+    layers = layout.layers if layout else []
+    owned = [x.name for x in layers if not isinstance(x, LayerLayout)]
     lost = sorted(
         key
         for key in found["missing_keys"]
