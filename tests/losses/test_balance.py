@@ -27,6 +27,26 @@ def test_switch_formula_with_several_slots() -> None:
     assert switch_loss(scores, experts).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_switch_is_least_where_all_are_equally_likely() -> None:
+    """Where choices follow the scores, no table of logits lies below 1."""
+    for spread in (0.01, 1.0, 10.0):
+        scores = spread * torch.randn(T, E)
+        mixed = torch.cat([scores.roll(i, dims=1) for i in range(E)])  # every expert as often
+        assert switch_loss(mixed, mixed.argmax(-1, keepdim=True)).item() == pytest.approx(1)
+        tilted = scores + torch.arange(E) * spread
+        assert switch_loss(tilted, tilted.argmax(-1, keepdim=True)).item() > 1
+
+
+def test_switch_may_let_padding_dilute_its_means() -> None:
+    scores, experts = torch.randn(T, E), torch.randint(E, (T, 1))
+    real = torch.arange(T) < T // 2
+    share = torch.bincount(experts[real, 0], minlength=E) / T
+    expected = E * (share * scores.softmax(-1).mean(0)).sum()
+    torch.testing.assert_close(switch_loss(scores, experts, real), expected)
+    everyone = torch.ones(T, dtype=torch.bool)
+    assert torch.equal(switch_loss(scores, experts, everyone), switch_loss(scores, experts))
+
+
 def test_switch_pushes_scores_of_crowded_experts_down() -> None:
     scores = torch.zeros(T, E, requires_grad=True)
     experts = torch.zeros(T, 1, dtype=torch.long)
