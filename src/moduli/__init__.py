@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moduli.methods.api import convert, load
     from moduli.methods.emoe import EMoE
     from moduli.methods.registry import register
+    from moduli.methods.thor.inference import set_inference, thor_report
     from moduli.models.editing import expert_use, extend, prune
     from moduli.registration import register_experts
     from moduli.surgery.checkpoint import save
@@ -53,7 +54,9 @@ _VERBS = {
     "register": "moduli.methods.registry",
     "register_experts": "moduli.registration",
     "save": "moduli.surgery.checkpoint",
+    "set_inference": "moduli.methods.thor.inference",
     "set_top_k": "moduli.surgery.convert",
+    "thor_report": "moduli.methods.thor.inference",
     "watch": "moduli.inspect.watching",
 }
 
@@ -76,7 +79,9 @@ __all__ = [
     "register",
     "register_experts",
     "save",
+    "set_inference",
     "set_top_k",
+    "thor_report",
     "watch",
 ]
 

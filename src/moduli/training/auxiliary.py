@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
-from moduli.surgery.modular import ModelHook, routed_layers
+from moduli.surgery.modular import HostHook, ModelHook, routed_layers
 from moduli.surgery.routed import RoutedLayer
 
 _MARK = "_moduli_adds_auxiliary_loss"
@@ -49,6 +49,24 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
         if layer.auxiliary is not None
     ]
     return torch.stack(terms).sum() if terms else None
+
+
+class LossHook(HostHook):
+    """Forward pre-hook of a model that makes its whole training loss itself, from `labels` and
+    `num_items_in_batch`, so that nobody else may make one of its logits."""
+
+    def smooth_labels(self, share: float) -> None:
+        """What training asks for, unless the model has a label smoothing of its own.
+
+        Args:
+            share: of the target's mass that the other classes get.
+        """
+
+
+def loss_maker(model: nn.Module) -> LossHook | None:
+    """The hook by which a model makes its own loss; None for most."""
+    hooks: list[object] = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
+    return next((hook for hook in hooks if isinstance(hook, LossHook)), None)
 
 
 def adds_own_losses(model: nn.Module) -> bool:

@@ -1,0 +1,91 @@
+"""What a `Trainer` has to know of THOR: at which step it is, and that the model makes its loss.
+
+`Trainer.train` is wrapped for that, once, when the first model is converted, never at import; other
+models pass through unchanged. The step is taken from the Trainer's own state at the beginning of
+each, so that a resumed run draws the experts it would have drawn.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from moduli.errors import ConfigError
+from moduli.methods.thor.passes import BeforeModel, Passes
+from moduli.training.auxiliary import loss_maker
+
+_MARK = "_moduli_follows_steps"
+
+
+def follow_trainer() -> None:
+    """From now on every `Trainer` tells a THOR model its steps. Calling this again changes nothing.
+
+    `Trainer.train` of such a model raises `ConfigError` where the Trainer would make the loss
+    itself, by its label smoother or a `compute_loss_func`, and the consistency loss would be lost.
+    """
+    from transformers import Trainer
+
+    original = Trainer.train
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = loss_maker(self.model)
+        if isinstance(hook, BeforeModel):
+            _prepare(self, hook.passes)
+        return original(self, *args, **kwargs)
+
+    setattr(train, _MARK, True)
+    Trainer.train = train  # type: ignore[method-assign]
+
+
+def _prepare(trainer: Any, passes: Passes) -> None:
+    if trainer.label_smoother is not None:
+        raise ConfigError(
+            f"label_smoothing_factor is {trainer.args.label_smoothing_factor}, but the Trainer's "
+            "own label smoothing would replace THOR's loss; set it to 0 and use "
+            "moduli.THOR(label_smoothing=...)"
+        )
+    if trainer.compute_loss_func is not None:
+        raise ConfigError(
+            "compute_loss_func would replace THOR's loss, which the model makes itself from its "
+            "passes and the labels; leave it out"
+        )
+    # The model divides by the labels of the whole step, whatever its own forward would do.
+    trainer.model_accepts_loss_kwargs = True
+    callbacks = trainer.callback_handler.callbacks
+    callbacks[:] = [c for c in callbacks if type(c).__name__ != "FollowSteps"]
+    callbacks.insert(0, _callback(passes))  # before those that report what is logged
+
+
+def _callback(passes: Passes) -> Any:
+    from transformers import TrainerCallback
+
+    class FollowSteps(TrainerCallback):
+        """Tells the model its step, and the log how far its passes are apart."""
+
+        apart, labels = 0.0, 0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """The first forward of a step is to come."""
+            passes.start_step(state.global_step)
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """One of several forwards of a step is done."""
+            if passes.last is not None:
+                self.apart += float(passes.last.disagreement)
+                self.labels += passes.last.count
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """The last one is."""
+            self.on_substep_end(args, state, control)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            """Add the disagreement per label since the last log, in the unit of the loss."""
+            if logs is not None and "loss" in logs and self.labels:
+                logs["consistency"] = self.apart / self.labels
+                state.log_history[-1]["consistency"] = logs["consistency"]
+                self.apart, self.labels = 0.0, 0
+
+    return FollowSteps()
