@@ -17,6 +17,7 @@ from moduli.methods.dense import Dense
 from moduli.study.compare import best_by_validation
 from moduli.study.plan import Arm, Plan, TaskSpec, Unit, also_tested, arm, arm_labels
 from moduli.study.spec import Edit, MethodSpec, RunSpec, hash_model, hash_task
+from moduli.training.settings import FinetuneSettings
 from tests.study.conftest import make_plan, make_task
 
 
@@ -47,6 +48,18 @@ def test_every_field_is_part_of_the_name(plan: Plan, task: Task) -> None:
     assert changed.keys() == {f.name for f in dataclasses.fields(RunSpec)}
     keys = {dataclasses.replace(spec, **{k: v}).key for k, v in changed.items()}
     assert len(keys | {spec.key}) == len(changed) + 1
+
+
+def test_a_setting_that_came_later_renames_no_run_that_does_without(plan: Plan, task: Task) -> None:
+    spec = plan.runs([task])[0].spec
+    old, usual = spec.to_dict(), FinetuneSettings()
+    later = [f.name for f in dataclasses.fields(usual) if f.metadata.get("later")]
+    assert later
+    assert not set(later) & set(old["settings"])
+    other = dataclasses.replace(usual, label_smoothing=0.1)
+    changed = dataclasses.replace(spec, settings=other)
+    assert changed.key != dataclasses.replace(spec, settings=usual).key
+    assert RunSpec.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
 
 
 def test_other_weights_under_an_old_name_are_another_model(

@@ -96,7 +96,7 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""
-        data: dict[str, Any] = plain(asdict(self))
+        data: dict[str, Any] = plain(asdict(self) | {"settings": self.settings.to_dict()})
         return data
 
     @classmethod

@@ -7,10 +7,13 @@ written, who watches the progress) is an argument of `moduli.training.finetune.f
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
 from moduli.errors import ConfigError
+
+LATER = {"later": True}
+"""Marks a setting that is younger than recorded runs; see `FinetuneSettings.to_dict`."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class FinetuneSettings:
     max_steps: int | None = None
     """Stop after this many optimiser steps instead of after `epochs`."""
     learning_rate: float = 1e-4
-    """Peak learning rate; it rises linearly over the warm-up and falls linearly to zero."""
+    """Peak learning rate; it rises linearly over the warm-up and falls as the schedule says."""
+    schedule: Literal["linear", "inverse-sqrt"] = field(default="linear", metadata=LATER)
+    """How the learning rate falls: linearly to zero, or with one over the root of the step, as
+    usual for translators with random weights."""
     batch_size: int = 32
     """Examples per forward pass."""
     gradient_accumulation_steps: int = 1
@@ -37,6 +43,11 @@ class FinetuneSettings:
     """Pixels that images are scaled to, on both sides. Default: as the model's processor says."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
+    adam_beta2: float = field(default=0.999, metadata=LATER)
+    """How slowly AdamW forgets the size of earlier gradients."""
+    label_smoothing: float = field(default=0.0, metadata=LATER)
+    """Share of the target token's probability that is given to the others in equal parts; for
+    models from text to text."""
     warmup: float = 0.06
     """Share of the steps in which the learning rate rises."""
     max_grad_norm: float = 1.0
@@ -79,6 +90,13 @@ class FinetuneSettings:
             raise ConfigError(f"warmup is {self.warmup}: a share of the steps, in [0, 1).")
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay is {self.weight_decay}; it has to be 0 or more.")
+        if self.schedule not in ("linear", "inverse-sqrt"):
+            raise ConfigError(f"schedule is {self.schedule!r}; it is linear or inverse-sqrt.")
+        if self.schedule == "inverse-sqrt" and not self.warmup:
+            raise ConfigError("schedule is inverse-sqrt, which needs a warm-up above 0.")
+        for name in ("adam_beta2", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it has to be in [0, 1).")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}: a probability, in [0, 1).")
         if not re.fullmatch(r"all|head|lora|last:[1-9]\d*", self.trains):
@@ -91,6 +109,15 @@ class FinetuneSettings:
         """N of trains="last:N", or None."""
         _, _, count = self.trains.partition(":")
         return int(count) if count else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that name a run. One that came after runs had been recorded is left out
+        where it has its default, which is what those runs did, so that they keep their names."""
+        whole = asdict(self)
+        for one in fields(self):
+            if one.metadata.get("later") and whole[one.name] == one.default:
+                del whole[one.name]
+        return whole
 
     def resolved(self) -> FinetuneSettings:
         """The same settings with `bf16="auto"` replaced by what this machine will do."""
