@@ -14,6 +14,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moduli.cli import main
+from moduli.data.task import Task
+from moduli.errors import ConfigError
+from moduli.study.language import as_texts
 from tests.cli.texts import FAST, TINY, write_texts
 
 Run = Callable[..., Any]
@@ -68,6 +71,24 @@ def test_load_of_every_router_sums_to_one(trained: Path) -> None:
     for name, load in record["load"].items():
         assert len(load) == (4 if name.endswith("attention") else 6)
         assert sum(load) == pytest.approx(1)
+
+
+def test_other_commands_read_as_much_at_once_as_training_did(
+    trained: Path, texts: list[str], run_json: Run
+) -> None:
+    record = json.loads((trained / "pretraining.json").read_text())
+    found = run_json("eval", "--json", "--model", str(trained), *texts)["scores"]
+    for name, score in found.items():
+        assert score["loss"] == pytest.approx(record["scores"][name]["loss"])
+        assert score["n"] == record["scores"][name]["n"]
+
+
+def test_a_named_task_of_another_kind_is_read_as_texts(trained: Path, run_json: Run) -> None:
+    few = ["--domains", "amazon", "--max-test", "4"]
+    found = run_json("eval", "--json", "--model", str(trained), "--data", "sentiment", *few)
+    assert set(found["scores"]["amazon"]) == {"n", "loss", "perplexity", "accuracy"}
+    with pytest.raises(ConfigError, match=r"'tagged' is a task of token-class.* has none"):
+        as_texts(Task("tagged", "token-classification", ("noun",), {}))
 
 
 def test_the_same_command_again_finds_the_finished_run(

@@ -11,13 +11,15 @@ from moduli.cli.options import Data, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(Data):
-    """Scores of a tuned model on every domain of a task.
+    """Scores of a model on every domain of a task.
 
     A directory that moduli wrote is evaluated as the modular model it is; --dense evaluates its
-    ordinary part with plain transformers instead, as somebody without moduli would.
+    ordinary part with plain transformers instead, as somebody without moduli would. A language
+    model reads the texts of any named task.
 
     examples:
       moduli eval --model runs/mine --data sentiment
+      moduli eval --model runs/mf --data brown
       moduli eval --model runs/mine --data csv:elsewhere.csv --split all --dense
     """
 
@@ -28,7 +30,8 @@ class Eval(Data):
     dense: bool = False
     """Evaluate the ordinary part, with plain transformers."""
     max_length: int | None = None
-    """Longest text in tokens. Default: what the model was tuned with."""
+    """Longest text in tokens. Default: what the model was tuned with, else what it was made for,
+    1024 at most."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,24 +40,30 @@ def main(argv: Sequence[str]) -> int:
     from moduli.cli.output import Output
     from moduli.cli.tables import score_table
     from moduli.data import load_task
-    from moduli.study.tuned import evaluate_task, load_tuned, model_kind, trained_length
+    from moduli.study import tuned
+    from moduli.study.language import as_texts
     from moduli.training.kinds.base import get_kind
 
     output = Output(args.json)
     options = args.data_options()
-    if "kind" not in options and (known := model_kind(args.model)) is not None:
+    known = tuned.model_kind(args.model)
+    reads = "kind" not in options and known is not None and known.name == "language-modeling"
+    named = ":" not in args.data  # files may hold nothing but texts
+    if "kind" not in options and known is not None and not (reads and named):
         options["kind"] = known.name
     task = load_task(args.data, on_event=output.note, **options)
     for note in task.notes:
         output.note(note)
+    if reads:
+        task = as_texts(task)
     kind = get_kind(task.kind)
-    model, processor = load_tuned(args.model, kind, dense=args.dense)
-    scores = evaluate_task(
+    model, processor = tuned.load_tuned(args.model, kind, dense=args.dense)
+    scores = tuned.evaluate_task(
         model,
         processor,
         task,
         split=args.split,
-        max_length=args.max_length or trained_length(args.model),
+        max_length=args.max_length or tuned.text_length(args.model, model, processor),
         on_domain=lambda name: output.note(f"testing on {name}"),
     )
     shown = {name: score.to_dict() for name, score in scores.items()}

@@ -38,7 +38,8 @@ class Inspect(Data):
     max_rows: int = 256
     """At most so many rows per domain."""
     max_length: int | None = None
-    """Longest text in tokens. Default: what the model was tuned with."""
+    """Longest text in tokens. Default: what the model was tuned with, else what it was made for,
+    1024 at most."""
     text: tuple[str, ...] = ()
     """Texts whose tokens are followed through the layers."""
     file: tuple[str, ...] = ()
@@ -76,13 +77,14 @@ def main(argv: Sequence[str]) -> int:
         output.note(note)
     kind = get_kind(task.kind)
     words = args.text or args.file
+    processor = tuned.load_processor(args.model, kind)
     inspection = inspect_model(
         model,
-        tuned.load_processor(args.model, kind),
+        processor,
         task,
         split=args.split,
         max_rows=args.max_rows,
-        max_length=args.max_length or tuned.trained_length(args.model),
+        max_length=args.max_length or tuned.text_length(args.model, model, processor),
         texts=tuned.given_inputs(words, kind, files=bool(args.file)) if words else (),
         title=f"{args.model} on {args.data}",
         on_domain=lambda name: output.note(f"running on {name}"),

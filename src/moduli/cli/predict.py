@@ -46,7 +46,8 @@ class Predict(Common):
     dense: bool = False
     """Use the ordinary part, with plain transformers."""
     max_length: int | None = None
-    """Longest text in tokens. Default: what the model was tuned with."""
+    """Longest text in tokens. Default: what the model was tuned with, else what it was made for,
+    1024 at most."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         rows = tuned.given_inputs(args.text or args.file, kind, files=bool(args.file))
     model, processor = tuned.load_tuned(args.model, kind, dense=args.dense)
-    length = args.max_length or tuned.trained_length(args.model)
+    length = args.max_length or tuned.text_length(args.model, model, processor)
     predictions = tuned.describe_rows(model, processor, kind, rows, max_length=length)
     output.data({"model": args.model, "predictions": predictions})
     if not args.json:

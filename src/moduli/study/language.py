@@ -1,20 +1,40 @@
-"""What is measured of a language model: bits per byte, and how it uses its experts.
+"""What is measured of a language model, and on what: texts, bits per byte, its use of experts.
 
 Letters: E experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 
+from moduli.data.task import Task
+from moduli.errors import ConfigError
 from moduli.training.kinds.base import get_kind
 
 KIND = "language-modeling"
 LOAD_BATCHES = 8
 """Batches of every domain from which the load of the experts is read."""
+
+
+def as_texts(task: Task) -> Task:
+    """A task of another kind as one of texts, for a language model to read.
+
+    Raises:
+        ConfigError: its rows hold no text.
+    """
+    kind = get_kind(KIND)
+    if task.kind == kind.name:
+        return task
+    if not set(kind.columns) <= set(get_kind(task.kind).columns):
+        raise ConfigError(
+            f"The model is {kind.noun}, which reads texts; {task.name!r} is a task of {task.kind} "
+            "and has none. Give it one with texts, such as brown."
+        )
+    return dataclasses.replace(task, kind=kind.name, label_names=())
 
 
 def domain_scores(model: Any, tokenizer: Any, rows: Any, max_length: int) -> dict[str, int | float]:

@@ -216,6 +216,7 @@ def _work(
     folder = partial / "result"
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
+    tokenizer.model_max_length = spec.settings.max_length  # what other commands read at once
     tokenizer.save_pretrained(folder)
     scores = {}
     for name, splits in task.domains.items():

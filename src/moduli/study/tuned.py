@@ -14,6 +14,10 @@ from moduli.training.kinds.base import TaskKind, get_kind, kind_of_config, requi
 from moduli.training.metrics import Scores
 from moduli.training.settings import FinetuneSettings
 
+LONGEST = 1024
+"""Tokens that a model is given at once where nobody says, though it may have been made for more."""
+BEYOND = 10**9
+
 
 def load_any(name: str) -> tuple[Any, Any]:
     """A model by name or directory, as the class its config names, and its processor (or None).
@@ -96,6 +100,25 @@ def trained_length(name: str) -> int:
     if (directory / RECORD).is_file():
         return read_record(directory).spec.settings.max_length
     return FinetuneSettings().max_length
+
+
+def text_length(name: str, model: Any, processor: Any) -> int:
+    """The text length (tokens) to use a model with where nobody says: what it was tuned with, else
+    what its tokenizer or its configuration was made for, `LONGEST` at most.
+
+    Args:
+        name: directory or hub name.
+        model: loaded from it.
+        processor: of the model.
+    """
+    if not (Path(name) / RECORD).is_file():
+        # A tokenizer that does not know says so by a number beyond all lengths.
+        for own in (processor, model.config):
+            for field in ("model_max_length", "max_position_embeddings"):
+                length = getattr(own, field, None)
+                if isinstance(length, int) and 0 < length < BEYOND:
+                    return min(length, LONGEST)
+    return trained_length(name)
 
 
 def evaluate_task(
