@@ -52,8 +52,10 @@ def test_the_columns_say_the_kind_and_it_is_said_what_they_were_taken_for(
             load_task(name)
     else:
         task = load_task(name)
-        assert task.kind == kind
-        assert task.notes[-1].startswith(f"Taken as {kind}: ")
+        # what is scored of a translation is another text's own matter, and has to be asked for
+        guess = "seq2seq" if kind == "translation" else kind
+        assert task.kind == guess
+        assert task.notes[-1].startswith(f"Taken as {guess}: ")
     task = load_task(name, kind=kind)
     assert task.kind == kind
     assert not task.notes

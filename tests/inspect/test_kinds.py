@@ -44,12 +44,12 @@ def test_every_kind(name: str, tmp_path: Path) -> None:
     assert found.domains == tuple(task.domains)
     for layer in found.layers:
         assert set(layer.by_class) == BY_CLASS.get(name, set())
-    stacks = 2 if name == "seq2seq" else 1
+    stacks = 2 if name in ("seq2seq", "translation") else 1
     assert len(found.tokens) == stacks
     assert sum(len(trace.experts) for trace in found.tokens) == len(found.layers)
     texts = kind.columns[0] in ("text", "tokens", "source")
     assert found.tokens[0].pieces[0].isdigit() != texts
-    if name == "seq2seq":
+    if stacks == 2:
         assert found.overlap[0][-1] is None  # encoder and decoder see different tokens
 
 

@@ -145,6 +145,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "token-classification": _bert,
     "language-modeling": _llama,
     "seq2seq": _bart,
+    "translation": _bart,
     "image-classification": _vit,
     "audio-classification": _whisper,
 }
@@ -188,7 +189,7 @@ def _row(kind: str, text: str, label: str, j: int) -> dict[str, Any]:
         return {"tokens": words, "tags": ["JUDGE" if w in GOOD + BAD else "O" for w in words]}
     if kind == "language-modeling":
         return {"text": text}
-    if kind == "seq2seq":
+    if kind in ("seq2seq", "translation"):
         return {"source": text, "target": " ".join(w for w in text.split() if w in WORDS[6:])}
     raise AssertionError(kind)
 

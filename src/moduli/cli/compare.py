@@ -39,7 +39,7 @@ class Compare(Training):
     train_domain: tuple[str, ...] = ()
     """The domain to train on; several are trained on in turn (each: every one in turn), those
     with a comma between them together (leave-one-out: all but one, in turn). The others are only
-    tested on. Default: the first one."""
+    tested on. Default: the first one; of translations all languages together."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per method and seed. Three give a wide interval; five or more are better."""
     learning_rates: tuple[float, ...] = ()

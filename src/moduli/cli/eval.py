@@ -67,6 +67,14 @@ def main(argv: Sequence[str]) -> int:
         on_domain=lambda name: output.note(f"testing on {name}"),
     )
     shown = {name: score.to_dict() for name, score in scores.items()}
-    output.data({"model": args.model, "split": args.split, "dense": args.dense, "scores": shown})
+    output.data(
+        {
+            "model": args.model,
+            "split": args.split,
+            "dense": args.dense,
+            "metrics": kind.signatures(),
+            "scores": shown,
+        }
+    )
     output.text(score_table(shown, (), kind))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, TypeVar, Union
 
 import tyro
@@ -12,7 +13,10 @@ import tyro
 from moduli.data.task import DataOptions
 from moduli.errors import UnknownNameError, nearest
 from moduli.training.settings import FinetuneSettings
+from moduli.training.translator import SETTINGS as FROM_SCRATCH
+from moduli.training.translator import size_of
 
+Settings = tyro.conf.OmitArgPrefixes[FinetuneSettings]
 Args = TypeVar("Args")
 
 CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -31,12 +35,12 @@ class Data(Common):
     """Options of commands that read a task."""
 
     data: str
-    """The task: sentiment, emoji, brown or brown-pos; csv:PATH, jsonl:PATH, parquet:PATH; or a
-    name that datasets.load_dataset knows."""
+    """The task: sentiment, emoji, brown, brown-pos, debian-descriptions, debian-sentences or
+    wesnoth; csv:PATH, jsonl:PATH, parquet:PATH; or a name that datasets.load_dataset knows."""
     kind: str | None = None
     """What is to be learnt: classification, multilabel, regression, token-classification,
-    language-modeling, seq2seq, image-classification or audio-classification. Default: what the
-    columns of the file say."""
+    language-modeling, seq2seq, translation, image-classification or audio-classification. Default:
+    what the columns of the file say."""
     domains: tuple[str, ...] = ()
     """Keep these domains only, in this order."""
     max_train: int | None = None
@@ -90,8 +94,9 @@ class Training(Data):
 
     model: str
     """The pretrained model: a name that `moduli fetch` knows (minilm), a directory, or a
-    Hugging Face name."""
-    settings: tyro.conf.OmitArgPrefixes[FinetuneSettings] = field(default_factory=FinetuneSettings)
+    Hugging Face name; or translator:tiny, translator:small or translator:base, which begin with
+    random weights, learn a tokenizer from the training rows, and are trained as suits that."""
+    settings: Settings = field(default_factory=FinetuneSettings)
     checkpoint_every: int | None = None
     """Steps between checkpoints from which an interrupted run goes on. Default: one per epoch."""
 
@@ -118,12 +123,21 @@ def parse_with_method(command: str, kind: type[Args], argv: Sequence[str]) -> tu
         UnknownNameError: there is no method of the name that was given.
     """
     _check_method_name(command, kind, argv)
+    fields: list[Any] = [("method", _methods())]
+    if issubclass(kind, Training) and _begins_with_random_weights(argv):
+        fields.append(("settings", Settings, field(default_factory=lambda: FROM_SCRATCH)))
     made = dataclasses.make_dataclass(
-        kind.__name__, [("method", _methods())], bases=(kind,), frozen=True, kw_only=True
+        kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True
     )
     made.__doc__ = kind.__doc__
     parsed: Any = tyro.cli(made, prog=f"moduli {command}", args=list(argv), config=CONFIG)
     return parsed, parsed.method
+
+
+def _begins_with_random_weights(argv: Sequence[str]) -> bool:
+    """Whether `--model` names a model without weights, which has other usual settings."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    return any(a == "--model" and size_of(b) is not None for a, b in pairwise(words))
 
 
 def _methods() -> Any:

@@ -25,13 +25,14 @@ class Tune(Training):
       moduli tune --model minilm --data csv:reviews.csv --domain-column source dense
       moduli tune --model ./my-bert --data jsonl:a.jsonl,test=b.jsonl --out runs/mine emoe
       moduli tune --model smollm2 --data csv:notes.csv --kind language-modeling emoe
+      moduli tune --model translator:tiny --data debian-descriptions dense
     """
 
     out: Path | None = None
     """Directory of the result. Default: runs/ and the hash of all settings."""
     train_domain: str | None = None
     """The domain to train on, or several with commas between them; the others are only tested on.
-    Default: the first one."""
+    Default: the first one; of translations all languages."""
     seed: int = 0
     """New head, order of the data, dropout."""
 

@@ -52,14 +52,21 @@ def extract(archive: Path, members: tuple[tuple[str, str], ...], out: Path) -> N
     """
     for member, target in members:
         _check_target(member, target)
+    # an archive in the archive is unpacked once, however many of its members are wanted
+    nested: dict[str, list[tuple[str, str]]] = {}
+    for member, target in members:
         outer, bang, inner = member.partition("!")
         if bang:
-            with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
-                nested = Path(outer).name
-                extract(archive, ((outer, nested),), Path(scratch))
-                extract(Path(scratch) / nested, ((inner, target),), out)
-            continue
-        with _opened(archive) as (sizes, open_member):
+            nested.setdefault(outer, []).append((inner, target))
+    for outer, inside in nested.items():
+        with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
+            name = Path(outer).name
+            extract(archive, ((outer, name),), Path(scratch))
+            extract(Path(scratch) / name, tuple(inside), out)
+    with _opened(archive) as (sizes, open_member):
+        for member, target in members:
+            if "!" in member:
+                continue
             for name, path in _chosen(archive, sizes, member, target):
                 destination = out / path
                 destination.parent.mkdir(parents=True, exist_ok=True)

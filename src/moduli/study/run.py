@@ -34,6 +34,7 @@ from moduli.study.testing import test
 from moduli.study.watching import WINDOWS, Clocks, write_inspection
 from moduli.training.images import scale_images
 from moduli.training.kinds.base import get_kind
+from moduli.training.translator import fresh_translator, size_of
 
 Stage = Literal[
     "known", "started", "converted", "step", "evaluating", "finished", "failed", "elsewhere"
@@ -151,7 +152,8 @@ def finished(spec: RunSpec, target: Path) -> RunRecord | None:
 def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
     """The pretrained model with a head for the task, and its processor.
 
-    A new head is drawn from the run's seed, so methods with one seed start from one head.
+    A new head is drawn from the run's seed, so methods with one seed start from one head; so are
+    all weights of "translator:SIZE", whose tokenizer is learnt from the run's training rows.
 
     Raises:
         CheckpointError: no such model, or its weights are not safetensors.
@@ -164,6 +166,9 @@ def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
     path = resolve_model(spec.model)
     kind = get_kind(task.kind)
     transformers.set_seed(spec.seed)
+    if (size := size_of(spec.model)) is not None:
+        model, processor = fresh_translator(size, kind.name, training_rows(spec, task))
+        return _placed(model), processor
     try:
         processor = kind.load_processor(path)
         model = getattr(transformers, kind.auto_class).from_pretrained(
@@ -175,9 +180,16 @@ def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
         ) from error
     if spec.settings.image_size is not None:
         scale_images(model, processor, spec.settings.image_size)
+    return _placed(model), processor
+
+
+def _placed(model: Any) -> Any:
+    """The model on the accelerator, if there is one."""
+    import torch
+
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    return model, processor
+    return model
 
 
 def _work(
@@ -259,6 +271,7 @@ def _work(
         cpu_seconds=clocks.cpu,
         environment={
             "versions": versions(),
+            "metrics": kind.signatures(),
             "hardware": hardware(),
             "kernels": {"training": sorted(in_training), "evaluation": sorted(in_evaluation)},
             "resumed_from": result.resumed_from,

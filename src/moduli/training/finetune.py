@@ -16,17 +16,19 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from moduli.errors import DataError, TrainingError
+from moduli.errors import ConfigError, DataError, TrainingError
 from moduli.surgery.convert import require_same_layout
 from moduli.training.auxiliary import adds_own_losses, with_stock_auxiliary
 from moduli.training.batches import ShuffledByLength
 from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
+from moduli.training.kinds.per_token import token_loss
 from moduli.training.metrics import Scores
 from moduli.training.plain import BATCH_SIZE, outputs_of_batch
 from moduli.training.settings import FinetuneSettings
@@ -93,7 +95,7 @@ def finetune(
         callbacks: more callbacks for the Trainer.
 
     Raises:
-        ConfigError: there is no such kind.
+        ConfigError: there is no such kind, or labels of it cannot be smoothed.
         DataError: no rows, or rows without a column that the kind needs.
         CheckpointError: the checkpoint in `out` has its neurons in another order than the model.
         TrainingError: the loss or the gradient became infinite or NaN. The model keeps the weights
@@ -311,9 +313,10 @@ def _trainer(
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=settings.schedule.replace("-", "_"),
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -354,6 +357,14 @@ def _trainer(
 
     # A loss made of the logits would lack what the model adds to its own.
     model_loss = kind.name == "language-modeling" and adds_own_losses(model)
+    loss = kind.loss
+    if settings.label_smoothing:
+        if loss is not token_loss:
+            raise ConfigError(
+                f"label_smoothing is {settings.label_smoothing}; it is for models from text to "
+                f"text, and this is a task of {kind.name}. Leave it 0."
+            )
+        loss = partial(token_loss, label_smoothing=settings.label_smoothing)
     trainer = GroupedTrainer(
         model=model,
         args=arguments,
@@ -361,7 +372,7 @@ def _trainer(
         data_collator=collate,
         processing_class=processor,
         callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save), KeepLayout(), *callbacks],
-        compute_loss_func=None if model_loss else with_stock_auxiliary(kind.loss, model),
+        compute_loss_func=None if model_loss else with_stock_auxiliary(loss, model),
     )
     # The forward of a classifier takes **kwargs, from which the Trainer concludes that it divides
     # its loss by `num_items_in_batch`. It does not: it returns the mean of its batch. Without this

@@ -38,7 +38,33 @@ def _next_tokens(logits: Any, labels: Any) -> dict[str, Any]:
     return _tokens(logits[:-1], labels[1:])
 
 
-REDUCTIONS = {"whole": _whole, "tokens": _tokens, "next tokens": _next_tokens}
+TOKENS_AND_TEXT = "tokens and text"
+"""The same as "tokens", and the ids of what the model writes: "greedy" and "beam"."""
+BEAMS = 4
+
+REDUCTIONS = {
+    "whole": _whole,
+    "tokens": _tokens,
+    "next tokens": _next_tokens,
+    TOKENS_AND_TEXT: _tokens,
+}
+
+
+def _written(model: Any, inputs: dict[str, Any], beams: int) -> list[Any]:
+    """Ids that a model with encoder and decoder writes, by greedy search or along beams.
+
+    They may be twice as many as those of the longest source, and some more.
+    """
+    given = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    longest = 2 * given["input_ids"].shape[1] + 10
+    positions = getattr(model.config, "max_position_embeddings", None)
+    ids = model.generate(
+        **given,
+        do_sample=False,
+        num_beams=beams,
+        max_new_tokens=longest if positions is None else min(longest, positions - 1),
+    )
+    return [row[row != model.config.pad_token_id] for row in ids.cpu()]
 
 
 def outputs_of_batch(model: Any, batch: dict[str, Any], reduction: str) -> list[dict[str, Any]]:
@@ -51,10 +77,19 @@ def outputs_of_batch(model: Any, batch: dict[str, Any], reduction: str) -> list[
     try:
         with torch.no_grad():
             logits = model(**inputs).logits.float().cpu()
+            written = {}
+            if reduction == TOKENS_AND_TEXT:
+                written = {
+                    n: _written(model, inputs, b) for n, b in (("greedy", 1), ("beam", BEAMS))
+                }
     finally:
         model.train(training)
     labels = batch.get("labels", [None] * len(logits))
-    return [REDUCTIONS[reduction](*pair) for pair in zip(logits, labels, strict=True)]
+    found = [REDUCTIONS[reduction](*pair) for pair in zip(logits, labels, strict=True)]
+    for name, texts in written.items():
+        for output, ids in zip(found, texts, strict=True):
+            output[name] = ids
+    return found
 
 
 def main(job_file: str) -> None:

@@ -33,11 +33,13 @@ class Examples:
         items: for the collator.
         lengths: of each; examples of about one length meet in a batch.
         origin: index of the row that each comes from, ascending.
+        decode: the text of ids that a model wrote, where it writes.
     """
 
     items: Any
     lengths: Sequence[int]
     origin: Sequence[int]
+    decode: Callable[[Tensor], str] | None = None
 
     @classmethod
     def of(cls, rows: Any, lengths: Sequence[int] | None = None) -> Examples:
@@ -69,6 +71,7 @@ class TaskKind:
             agree on what they average over. None: the model's own mean over the examples.
         example: from a word on the command line (a text or a path), a row without target.
         files: whether that word is the path of a file.
+        signatures: how metrics that other libraries compute were computed, as these write it.
     """
 
     name: str
@@ -88,6 +91,7 @@ class TaskKind:
     fits: Callable[[Any], bool] = lambda config: True
     loss: Callable[..., Tensor] | None = None
     files: bool = False
+    signatures: Callable[[], dict[str, str]] = dict
 
     @property
     def primary(self) -> Metric:
@@ -160,7 +164,8 @@ def require_kind(model: Any, kind: TaskKind, title: str) -> None:
         CheckpointError: it has another one, or none.
     """
     found = kind_of_config(model.config, type(model).__name__)
-    if found is None or found.name != kind.name:
+    # Kinds may share their models: what one calls a translator is to the other from text to text.
+    if found is None or found.noun != kind.noun:
         raise CheckpointError(
             f"{title} is a {type(model).__name__}"
             + (f" for {found.name}" if found is not None else "")

@@ -19,17 +19,28 @@ from moduli.errors import DataError
 from moduli.training.kinds.base import Output
 
 
-def token_loss(outputs: object, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def token_loss(
+    outputs: object,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Cross-entropy at positions with a label, over the positions of the step.
 
     Args:
         outputs: of the model, with `logits` `[B, S, C]`.
         labels: `[B, S]`, -100 where there is none.
         num_items_in_batch: labels in the whole step; None: in this batch.
+        label_smoothing: share of the target's mass that the other classes get, in equal parts
+            (fairseq's, of which torch's own is C / (C - 1) times as much).
     """
     logits: Tensor = outputs.logits  # type: ignore[attr-defined]
+    classes = logits.shape[-1]
     total = cross_entropy(
-        logits.float().flatten(0, 1), labels.to(logits.device).flatten(), reduction="sum"
+        logits.float().flatten(0, 1),
+        labels.to(logits.device).flatten(),
+        reduction="sum",
+        label_smoothing=label_smoothing * classes / max(classes - 1, 1),
     )
     count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
