@@ -150,6 +150,8 @@ def test_one_domain_to_train_on_and_a_dense_model(
         (2, ["--config", "n_layers=2"], "'n_layer'"),
         (2, ["--config", "n_layer"], "NAME=VALUE"),
         (2, ["--config", "k_att=20"], "k_att is 20"),
+        (2, ["--config", "vocab_size=500"], "--vocab-size"),
+        (2, ["--architecture", "dense", "--config", "gate_type=gmm"], "has no use for"),
         (2, ["--vocab-size", "100"], "258"),
         (2, ["--train-domain", "sea"], "farm, town"),
     ],

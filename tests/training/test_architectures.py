@@ -62,3 +62,11 @@ def test_fields_that_do_not_exist_or_cannot_work_are_named() -> None:
         fresh_config("moduleformer", "tiny", {"k_att": 9})
     with pytest.raises(ConfigError, match="n_layer is 'four'"):
         fresh_config("moduleformer", "tiny", {"n_layer": "four"})
+
+
+def test_fields_that_are_not_for_this_model_say_why() -> None:
+    with pytest.raises(ConfigError, match=r"gate_type .* a dense model has no use for; .*n_layer"):
+        fresh_config("dense", "tiny", {"gate_type": "linear"})
+    for architecture in ("moduleformer", "dense"):
+        with pytest.raises(ConfigError, match=r"vocab_size is given as 500.*--vocab-size"):
+            fresh_config(architecture, "tiny", {"vocab_size": 500}, **TOKENS)

@@ -189,6 +189,9 @@ def _work(
     rows = concatenate_datasets(parts)
     listener.note(f"learning a tokenizer from {len(rows)} texts")
     tokenizer = _tokenizer(spec, rows, partial / "tokenizer")
+    if len(tokenizer) < spec.vocab_size:
+        few = f"{len(tokenizer)} tokens instead of {spec.vocab_size} (vocab_size)"
+        listener.note(f"the texts have few different words: {few}")
     config = fresh_config(
         spec.architecture,
         spec.size,

@@ -50,6 +50,8 @@ SHARED: dict[str, Any] = {
     "legacy_buffers": False,  # which nothing reads, and which would be most of a small file
     "tie_word_embeddings": True,
 }
+OF_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields that are not for the user to choose."""
 POSITIONS = 2048  # of the dense model, which knows them by rotation, and has no table of them
 
 
@@ -67,7 +69,8 @@ def fresh_config(
 
     Raises:
         UnknownNameError: a field does not exist.
-        ConfigError: its value cannot work.
+        ConfigError: its value cannot work, the tokenizer decides it, or a dense model has no use
+            for it.
     """
     from transformers import AutoConfig
 
@@ -79,10 +82,20 @@ def fresh_config(
     else:
         values = modules
     model_type = {"moduleformer": "moduleformer", "dense": "llama"}[architecture]
-    fields = dataclasses.fields(type(AutoConfig.for_model(model_type)))
-    known = {field.name: field.default for field in fields}
+    known = _fields(model_type)
     for name, value in changes.items():
+        if name in OF_TOKENIZER:
+            raise ConfigError(
+                f"{name} is given as {value!r}, but follows from the tokenizer that is learnt; "
+                "--vocab-size says how many tokens that may have"
+            )
         if name not in known:
+            if architecture == "dense" and name in _fields("moduleformer"):
+                raise ConfigError(
+                    f"{name} is a field of ModuleFormers that a dense model has no use for; leave "
+                    "it out, or choose architecture moduleformer. Those by which the dense model "
+                    f"costs as much may be given: {', '.join(modules)}"
+                )
             raise UnknownNameError(
                 f"a {architecture} configuration has no field {name!r}. {nearest(name, known)}"
             )
@@ -95,6 +108,14 @@ def fresh_config(
     except (TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"the configuration cannot work: {reason}") from error
+
+
+def _fields(model_type: str) -> dict[str, Any]:
+    """Defaults of the fields of a configuration, by name."""
+    from transformers import AutoConfig
+
+    fields = dataclasses.fields(type(AutoConfig.for_model(model_type)))
+    return {field.name: field.default for field in fields}
 
 
 def fresh_model(config: Any, seed: int) -> Any:
