@@ -145,7 +145,7 @@ class GatingDropoutEP(EPImplementation):
         experts = experts.repeat_interleave(coming.flatten())[:, None]
         out = self._run(rows, experts, torch.ones_like(experts, dtype=rows.dtype))
         back = exchange(out, sent, received, peers)
-        slots = torch.empty_like(back).index_copy(0, order, back).view(tokens, top_k, -1)
+        slots = torch.empty_like(back).index_copy(0, order, back).view(tokens, top_k, x.shape[1])
         return (slots * weights[..., None].to(slots.dtype)).sum(1)
 
     def _run(
