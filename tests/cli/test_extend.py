@@ -125,16 +125,40 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
 
-def test_stopped_in_training_it_leaves_nothing_behind(
+def test_stopped_in_training_it_goes_on_to_the_same_weights(
     old: str, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
+    from moduli.study import extending
 
-    monkeypatch.setattr("moduli.study.editing.finetune", interrupted)
-    out = ["--out", str(tmp_path / "grown"), "--attention", "1"]
-    assert main(["extend", "--model", old, *out, *texts, *FAST]) == 130
-    assert not list(tmp_path.iterdir())
+    options = ["--model", old, "--attention", "1", "--feed-forward", "1", *texts, *FAST]
+    options += ["--train-domain", "shop", "--replay-domain", "film", "--leakage", "1"]
+    options += ["--checkpoint-every", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(["extend", "--out", str(whole), *options]) == 0
+    real = extending.finetune
+
+    def interrupted(*args: Any, on_progress: Any, **more: Any) -> Any:
+        def stop(progress: Any) -> None:
+            if progress.step == 5:
+                raise KeyboardInterrupt
+
+        return real(*args, on_progress=stop, **more)
+
+    monkeypatch.setattr(extending, "finetune", interrupted)
+    assert main(["extend", "--out", str(stopped), *options]) == 130
+    assert not stopped.exists()
+    monkeypatch.undo()
+    assert main(["extend", "--out", str(stopped), *options]) == 0
+    assert json.loads((stopped / "extension.json").read_text())["resumed_from"] == 4
+    one, two = tensors(stopped), tensors(whole)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "stopped"}
+
+
+def test_a_model_that_is_there_is_not_written_over(old: str, tmp_path: Path, fails: Run) -> None:
+    out = ["--model", old, "--out", str(tmp_path / "grown"), "--attention", "1"]
+    assert main(["extend", *out]) == 0
+    assert "holds a model already (extension.json says which)" in fails(4, "extend", *out)
 
 
 def test_a_tensor_that_would_have_changed_is_found(
@@ -147,7 +171,7 @@ def test_a_tensor_that_would_have_changed_is_found(
         with torch.no_grad():
             model.transformer.h[1].mlpf.experts.down_proj[4, 0, 0] += 1e-7
 
-    monkeypatch.setattr("moduli.study.editing.settle", careless)
+    monkeypatch.setattr("moduli.study.extending.settle", careless)
     out = ["--out", str(tmp_path / "grown"), "--attention", "1"]
     line = fails(4, "extend", "--model", old, *out)
     assert "transformer.h.1.mlpf.experts.down_proj" in line

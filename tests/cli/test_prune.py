@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,7 @@ def test_half_of_the_experts(
     model = AutoModelForCausalLM.from_pretrained(out)
     assert (model.config.n_att_experts, model.config.n_mlp_experts) == (2, 3)
     for path, when in ((old, "before"), (str(out), "after")):
-        scores = run_json(
-            "eval", "--json", "--dense", "--model", path, *texts, "--max-length", "256"
-        )
+        scores = run_json("eval", "--json", "--dense", "--model", path, *texts)
         assert scores["scores"] == done[when]
     assert json.loads((out / "pruning.json").read_text())["report"] == report
     capsys.readouterr()
@@ -50,7 +49,8 @@ def test_half_of_the_experts(
     captured = capsys.readouterr()
     assert "feed-forward 1: 3 of 5 kept; dropped" in captured.out
     assert max(map(len, captured.out.splitlines())) <= 80 + len(str(tmp_path))
-    assert "measuring the use of experts on film" in captured.err
+    assert "measuring the use of experts on film, shop" in captured.err
+    assert re.search(r"^measuring: batch (\d+)/\1$", captured.err, re.M)
 
 
 def test_domains_decide_what_is_measured(
@@ -84,7 +84,7 @@ def test_layers_of_their_own(old: str, texts: list[str], tmp_path: Path, run_jso
 def test_what_cannot_be_done_is_said_before_anything_is_measured(
     old: str, texts: list[str], tmp_path: Path, fails: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moduli.study.editing.expert_use", None)
+    monkeypatch.setattr("moduli.study.pruning.expert_use", None)
     out = ["--out", str(tmp_path / "small"), *texts]
     line = fails(2, "prune", "--model", old, *out, "--keep", "0.1")
     assert "every token uses 2" in line

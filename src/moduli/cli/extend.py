@@ -25,7 +25,8 @@ class Extend(Data):
     is their share: new experts take probability from old ones. --leakage holds that low on the
     training rows of --replay-domain. The result is an ordinary checkpoint with more experts.
 
-    Without --data nothing is trained.
+    Without --data nothing is trained. The same command goes on from the last checkpoint after
+    Ctrl-C.
 
     examples:
       moduli extend --model runs/mf --out runs/mf-grown --attention 2 --feed-forward 4
@@ -63,6 +64,8 @@ class Extend(Data):
     settings: tyro.conf.OmitArgPrefixes[FinetuneSettings] = field(default_factory=lambda: DEFAULTS)
     seed: int = 0
     """New experts, order of the data."""
+    checkpoint_every: int | None = 100
+    """Steps between checkpoints from which an interrupted run goes on."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,11 +74,11 @@ def main(argv: Sequence[str]) -> int:
     from moduli.cli.edited import load_task_for, score_changes
     from moduli.cli.output import Output
     from moduli.cli.progress import StepProgress
-    from moduli.study.editing import Extension, extend_directory
-    from moduli.surgery.files import check_target
+    from moduli.study.editing import require_new
+    from moduli.study.extending import Extension, extend_directory
 
     output = Output(args.json)
-    check_target(args.out)
+    require_new(args.out)
     spec = Extension(
         attention=args.attention,
         feed_forward=args.feed_forward,
@@ -91,7 +94,13 @@ def main(argv: Sequence[str]) -> int:
     task = load_task_for(args, args.model, "extend", output) if args.data is not None else None
     with StepProgress(output.log, "training new experts") as progress:
         record, report = extend_directory(
-            args.model, args.out, spec, task, tell=progress.note, on_progress=progress.show
+            args.model,
+            args.out,
+            spec,
+            task,
+            checkpoint_every=args.checkpoint_every,
+            tell=progress.note,
+            on_progress=progress.show,
         )
     output.data({"directory": str(args.out), **record})
     output.text(str(report))

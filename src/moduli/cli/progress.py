@@ -18,20 +18,21 @@ class StepProgress:
     Args:
         console: where to draw.
         what: is being done.
+        unit: what is counted.
     """
 
-    def __init__(self, console: Console, what: str) -> None:
-        self.console, self.what = console, what
+    def __init__(self, console: Console, what: str, unit: str = "step") -> None:
+        self.console, self.what, self.unit = console, what, unit
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("step {task.completed}/{task.total}, loss {task.fields[loss]:.3f}"),
+            TextColumn(unit + " {task.completed}/{task.total}{task.fields[more]}"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(what, visible=False, loss=0.0)
+        self.task = self.bar.add_task(what, visible=False, more="")
         self.started, self.said, self.first = 0.0, 0.0, 0
 
     def __enter__(self) -> Self:
@@ -52,16 +53,20 @@ class StepProgress:
 
     def show(self, now: Any) -> None:
         """A `moduli.training.callbacks.Progress`."""
-        self.bar.update(self.task, completed=now.step, total=now.steps, loss=now.loss, visible=True)
+        self.count(now.step, now.steps, f", loss {now.loss:.3f}")
+
+    def count(self, done: int, total: int, more: str = "") -> None:
+        """So many are done; `more` is said behind that."""
+        self.bar.update(self.task, completed=done, total=total, more=more, visible=done < total)
         clock = time.monotonic()
         if not self.started:  # a resumed run begins at a later step
-            self.started, self.first = clock, now.step
+            self.started, self.first = clock, done
         if self.console.is_terminal:
             return
-        if now.step == now.steps or clock - self.said > PIPE_SECONDS:
+        if done == total or clock - self.said > PIPE_SECONDS:
             self.said = clock
-            done = now.step - self.first
-            left = (clock - self.started) / done * (now.steps - now.step) if done else 0.0
+            since = done - self.first
+            left = (clock - self.started) / since * (total - done) if since else 0.0
             about = f" (about {left:.0f} s left)" if left else ""
-            line = f"{self.what}: step {now.step}/{now.steps}, loss {now.loss:.3f}{about}"
+            line = f"{self.what}: {self.unit} {done}/{total}{more}{about}"
             self.console.print(line, soft_wrap=True)

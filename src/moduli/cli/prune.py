@@ -39,8 +39,9 @@ class Prune(Data):
     per_layer: bool = False
     """Rank the experts of all layers together, so that some layers keep more than others. moduli
     loads such a model, the published code cannot."""
-    max_length: int = 256
-    """Longest text in tokens; longer ones are cut into pieces."""
+    max_length: int | None = None
+    """Longest text in tokens; longer ones are cut into pieces. Default: what the model was made
+    for, 1024 at most."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,23 +49,26 @@ def main(argv: Sequence[str]) -> int:
     args = parse("prune", Prune, argv)
     from moduli.cli.edited import load_task_for, score_changes
     from moduli.cli.output import Output
-    from moduli.study.editing import prune_directory
-    from moduli.surgery.files import check_target
+    from moduli.cli.progress import StepProgress
+    from moduli.study.editing import require_new
+    from moduli.study.pruning import prune_directory
 
     output = Output(args.json)
-    check_target(args.out)
+    require_new(args.out)
     task = load_task_for(args, args.model, "prune", output)
-    record, report = prune_directory(
-        args.model,
-        args.out,
-        task,
-        keep=args.keep,
-        by=args.by,
-        per_layer=args.per_layer,
-        threshold=args.threshold,
-        max_length=args.max_length,
-        tell=output.note,
-    )
+    with StepProgress(output.log, "measuring", unit="batch") as progress:
+        record, report = prune_directory(
+            args.model,
+            args.out,
+            task,
+            keep=args.keep,
+            by=args.by,
+            per_layer=args.per_layer,
+            threshold=args.threshold,
+            max_length=args.max_length,
+            tell=progress.note,
+            on_batch=progress.count,
+        )
     output.data({"directory": str(args.out), **record})
     output.text(str(report), "", score_changes(record, task.kind))
     output.text("", f"written to {args.out}")
