@@ -22,19 +22,29 @@ ROOT = Path(__file__).parents[2]
 PER_LAYER, LAYERS = 5, 2
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["2", "4"])
-def ranks(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
+def _slow(group: str) -> Any:
+    return pytest.param(group, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["2", _slow("2 --full"), _slow("4 --full")])
+def group(request: pytest.FixtureRequest) -> list[str]:
+    """How many ranks, and whether they do everything."""
+    return str(request.param).split()
 
 
 @pytest.fixture(scope="module")
-def folder(ranks: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ranks(group: list[str]) -> int:
+    return int(group[0])
+
+
+@pytest.fixture(scope="module")
+def folder(group: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all groups of ranks wrote."""
     path = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-W", "ignore", "-m", "tests.parallel.gating_ranks"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(path), str(ranks)],
+        [*command, str(path), *group],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -59,6 +69,8 @@ def tensors(folder: Path, ranks: int) -> list[dict[str, torch.Tensor]]:
 def test_real_ranks_compute_what_virtual_ones_do(
     family: str, tensors: list[dict[str, torch.Tensor]], ranks: int
 ) -> None:
+    if f"{family}.exchange.logits" not in tensors[0]:
+        pytest.skip("with --full")
     for name, (logits, gradients) in alone(build(family), ranks).items():
         key = f"{family}.{name}"
         found = torch.cat([each[f"{key}.logits"] for each in tensors])
@@ -78,7 +90,7 @@ def test_real_ranks_compute_what_virtual_ones_do(
 
 def test_a_step_that_drops_sends_nothing(folder: Path, tensors: Any) -> None:
     counts = said(folder / "saved", 0)["exchanges"]
-    for family in MODELS:
+    for family in {key.split(".")[0] for key in counts}:
         assert counts.pop(f"{family}.exchange") == PER_LAYER * LAYERS
         assert counts.pop(f"{family}.eval") == 3 * LAYERS  # never dropped, whatever p is
         assert {counts.pop(f"{family}.{name}") for name in list(CONFIGS)[1:]} == {0}
@@ -109,6 +121,8 @@ def test_empty_ranks_and_unused_experts(folder: Path, ranks: int) -> None:
 
 @pytest.mark.parametrize("where", ["forward", "backward", "late"])
 def test_a_lost_rank_ends_the_others(where: str, folder: Path, ranks: int) -> None:
+    if not (folder / where).exists():
+        pytest.skip("with --full")
     for rank in range(ranks - 1):
         error = (folder / where / f"{rank}.txt").read_text()
         layer = 1 if where == "backward" else 0
@@ -124,10 +138,9 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_any_number(
     stock, ours = folder / "saved" / "saved-mixtral", folder / "saved" / "saved-llama"
     from transformers import MixtralForCausalLM
 
-    others = 4 if ranks == 2 else 2
-    for rank in range(others):
-        said(folder / "continued", rank)
-    found = [load_file(folder / "continued" / f"{rank}.safetensors") for rank in range(others)]
+    others = sorted((folder / "continued").glob("*.safetensors"))
+    assert len(others) in (0, 6 - ranks)  # 4 ranks after 2, and 2 after 4
+    found = [load_file(path) for path in others]
     for name, model in (
         ("mixtral", MixtralForCausalLM.from_pretrained(stock)),
         ("llama", moduli.load(ours)),
@@ -136,5 +149,6 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_any_number(
         with torch.no_grad():
             expected, here = whole(input_ids=tokens()).logits, model(input_ids=tokens()).logits
         assert torch.equal(here, expected)
-        there = torch.cat([each[name] for each in found])
-        torch.testing.assert_close(there, expected, rtol=1e-6, atol=1e-5)
+        if found:
+            there = torch.cat([each[name] for each in found])
+            torch.testing.assert_close(there, expected, rtol=1e-6, atol=1e-5)
