@@ -17,6 +17,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,43 +38,63 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
-    from plans import CLAIMS, FULL, TRIAL
 
     from moduli.allocator import tune_malloc
 
+    plans = _beside("plans")
+    names = ", ".join(plans.CLAIMS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("claims", nargs="*", help=f"of {', '.join(CLAIMS)}; default: all")
+    parser.add_argument("claims", nargs="*", help=f"of {names}; default: all")
     parser.add_argument("--trial", action="store_true", help="a few steps of everything, one seed")
     parser.add_argument("--root", type=Path, help="where records are kept")
     parser.add_argument(
         "--models", type=Path, default=ROOT / "runs" / "moduleformer", help="and models"
     )
     args = parser.parse_args()
-    if unknown := set(args.claims) - set(CLAIMS):
-        parser.error(f"there is no claim {', '.join(sorted(unknown))}; there are {list(CLAIMS)}")
+    if unknown := set(args.claims) - set(plans.CLAIMS):
+        parser.error(f"there is no claim {', '.join(sorted(unknown))}; there are {names}")
     tune_malloc()
     torch.set_num_threads(1)
-    scale = TRIAL if args.trial else FULL
+    scale = plans.TRIAL if args.trial else plans.FULL
     root = args.root or (args.models / "trial" if args.trial else RESULTS)
-    todo = [job for claim in args.claims or CLAIMS for job in jobs(claim, scale, root, args.models)]
+    claims = args.claims or plans.CLAIMS
+    todo = [job for claim in claims for job in jobs(claim, scale, root, args.models)]
     work_off(todo)
     return 0
 
 
 def jobs(claim: str, scale: Any, root: Path, models: Path) -> list[Job]:
     """What a claim needs, in the order in which it is done."""
-    from plans import CLAIMS, runs
-    from runs import execute, speeds
-
+    plans, work = _beside("plans"), _beside("runs")
     found: list[Job] = [
-        (root / claim / f"{run.name}.json", run.to_dict(), lambda run=run: execute(run, models))
-        for run in runs(claim, scale)
+        (
+            root / claim / f"{run.name}.json",
+            run.to_dict(),
+            lambda run=run: work.execute(run, models),
+        )
+        for run in plans.runs(claim, scale)
     ]
     if claim == "efficiency":
-        spec = {"rounds": scale.rounds, "length": scale.length}
-        arms = CLAIMS[claim]
-        found.append((root / claim / "speed.json", spec, lambda: speeds(arms, scale, models)))
+        arms = plans.CLAIMS[claim]
+        spec = speed_spec(arms, scale)
+        found.append((root / claim / "speed.json", spec, lambda: work.speeds(arms, scale, models)))
     return found
+
+
+def speed_spec(arms: Any, scale: Any) -> dict[str, Any]:
+    """All that speeds depend on: models, settings, machine and versions."""
+    from moduli.study.environment import hardware, versions
+
+    plans = _beside("plans")
+    return {
+        "arms": [asdict(arm) for arm in arms],
+        "seed": scale.seeds[0],
+        "scale": {**asdict(scale), "seeds": None},
+        "vocab_size": plans.VOCAB,
+        "pretraining": asdict(plans.pretraining(scale)),
+        "machine": hardware(),
+        "versions": versions(),
+    }
 
 
 def work_off(todo: list[Job]) -> None:
@@ -109,7 +131,7 @@ def do(path: Path, spec: dict[str, Any], work: Callable[[], Any]) -> None:
 
 
 def known(path: Path, spec: dict[str, Any]) -> bool:
-    """Whether the record is there.
+    """Whether the record is there. One of another machine is none: it is measured anew.
 
     Raises:
         SystemExit: it is of other settings.
@@ -117,8 +139,15 @@ def known(path: Path, spec: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     if json.loads(path.read_text(encoding="utf-8"))["run"] != json.loads(json.dumps(spec)):
+        if "machine" in spec:
+            return False
         sys.exit(f"{path} is of other settings than plans.py has; delete it to do the run again")
     return True
+
+
+def _beside(name: str) -> Any:
+    """A module beside this file, however it was started."""
+    return import_module(f"{__package__}.{name}" if __package__ else name)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def read(directory: Path) -> Records:
 def efficiency(found: Records, root: Path) -> tuple[list[list[str]], str]:
     """Bits per byte over all genres, parameters, and speeds."""
     path = root / "efficiency" / "speed.json"
-    speed = json.loads(path.read_text(encoding="utf-8"))["found"] if path.is_file() else {}
+    measured = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    speed = measured.get("found", {})
     bits = {
         label: {seed: pooled(record["scores"]) for seed, record in runs.items()}
         for label, runs in found.items()
@@ -113,8 +114,18 @@ def efficiency(found: Records, root: Path) -> tuple[list[list[str]], str]:
     return rows, (
         f"Of the dense models the one whose loss is nearest to that of the {first} is: {nearest}. "
         "Active: parameters of the blocks that a token uses. Training and reading: tokens per "
-        f"second over those of the {first}. Difference: to the {first}; lower is better."
+        f"second over those of the {first}{_measured_on(measured)}. Difference: to the {first}; "
+        "lower is better."
     )
+
+
+def _measured_on(speed: Mapping[str, Any]) -> str:
+    """The machine of a record of speeds, if there is one."""
+    if not speed:
+        return ""
+    machine, torch = speed["run"]["machine"], speed["run"]["versions"]["torch"]
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f", measured on {machine['name']} ({threads}, torch {torch})"
 
 
 def extension(found: Records, root: Path) -> tuple[list[list[str]], str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.moduleformer import plans, runs, tables
+from benchmarks.moduleformer import plans, runs, study, tables
+from moduli.study import environment
 from moduli.training.architectures import count_parameters, fresh_config, fresh_model
 
 TOKENS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -96,6 +97,23 @@ def test_tables_have_a_row_for_every_arm(claim: str, tmp_path: Path) -> None:
         assert sum(row.startswith(f"| {arm.label} |") for row in rows) == each
     assert len({row.count("|") for row in rows}) == 1
     assert "3 seeds" in text
+
+
+def test_speeds_of_another_machine_are_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speed() -> study.Job:
+        return study.jobs("efficiency", plans.FULL, tmp_path, tmp_path)[-1]
+
+    path, spec, _ = speed()
+    assert path.name == "speed.json"
+    assert not study.known(path, spec)
+    study.do(path, spec, lambda: {arm.label: {} for arm in plans.WIDTHS})
+    assert study.known(*speed()[:2])
+    assert "torch" in tables._measured_on(json.loads(path.read_text()))
+    here = environment.hardware()
+    monkeypatch.setattr(environment, "hardware", lambda: here | {"name": "another"})
+    assert not study.known(*speed()[:2])
 
 
 def test_records_are_those_of_the_plan() -> None:
