@@ -28,6 +28,7 @@ from moduli.surgery.partition.observe import evaluating
 from moduli.surgery.projection import base_of, bias_of, shape_of
 from moduli.surgery.report import ConversionReport
 from moduli.surgery.routed import RoutedLayer
+from moduli.surgery.stochastic import stochastic_projections
 
 PROC = Path("/proc/self")
 
@@ -53,6 +54,9 @@ def measure_cost(
     """
     parameters = sum(p.numel() for p in _ordinary(model))
     unused = sum(_unused_parameters(layer) for layer in routed_layers(model).values())
+    for projection in stochastic_projections(model).values():
+        count = len(projection.experts)
+        unused += (1 - 1 / count) * sum(p.numel() for p in _ordinary(projection))
     found: dict[str, int | float | None] = {
         "parameters": parameters,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -107,7 +111,9 @@ def _saved(
     saved = 0.0
     layers = routed_layers(model)
     for report in conversion.layers:
-        layer = layers[report.name]
+        layer = layers.get(report.name)
+        if layer is None:  # stochastic experts compute what the dense FFN does
+            continue
         matrices = 3 if layer.ffn.gated else 2
         hidden = layer.hidden if isinstance(layer, OwnedExperts) else layer.ffn.hidden
         flops = 2 * matrices * hidden * report.neurons

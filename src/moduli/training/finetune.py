@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moduli.errors import ConfigError, DataError, TrainingError
 from moduli.surgery.convert import require_same_layout
-from moduli.training.auxiliary import adds_own_losses, with_stock_auxiliary
+from moduli.training.auxiliary import adds_own_losses, loss_maker, with_stock_auxiliary
 from moduli.training.batches import ShuffledByLength
 from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
 from moduli.training.kinds.per_token import token_loss
@@ -356,7 +356,11 @@ def _trainer(
             )
 
     # A loss made of the logits would lack what the model adds to its own.
-    model_loss = kind.name == "language-modeling" and adds_own_losses(model)
+    maker = loss_maker(model)
+    if maker is not None:
+        maker.smooth_labels(settings.label_smoothing)
+    adds = kind.name == "language-modeling" and adds_own_losses(model)
+    model_loss = maker is not None or adds
     loss = kind.loss
     if settings.label_smoothing:
         if loss is not token_loss:
@@ -378,7 +382,7 @@ def _trainer(
     # its loss by `num_items_in_batch`. It does not: it returns the mean of its batch. Without this
     # the gradients of accumulated batches would be added up instead of averaged. A kind that has
     # to divide by all labels of a step does so in its own loss, which gets that number either way,
-    # and so does ModuleFormer in its own.
+    # and so do ModuleFormer and THOR in their own.
     trainer.model_accepts_loss_kwargs = model_loss
     trainer.remove_callback(PrinterCallback)
     if on_progress is not None:

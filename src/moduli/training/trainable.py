@@ -20,6 +20,7 @@ from moduli.routing import AvgKRouter
 from moduli.surgery.locate import stacks, survey
 from moduli.surgery.modular import routed_layers
 from moduli.surgery.projection import base_of, is_conv1d, is_linear
+from moduli.surgery.stochastic import stochastic_projections
 from moduli.training.settings import FinetuneSettings
 
 _BEFORE = "_moduli_trained_before"  # names of the parameters that `finish` lets train again
@@ -245,11 +246,13 @@ def _with_factors(model: nn.Module, settings: FinetuneSettings) -> nn.Module:
 
 
 def _learned_parts(model: nn.Module) -> list[str]:
-    """Names of learned routers and banks of experts that train."""
+    """Names of learned routers, banks of experts and copies of projections that train."""
     parts: set[nn.Module] = set()
     for layer in routed_layers(model).values():
         own = (getattr(layer, "experts", None), getattr(layer, "residual", None))
         parts |= {part for part in (layer.router, *own) if isinstance(part, nn.Module)}
+    for projection in stochastic_projections(model).values():
+        parts |= set(projection.experts)
     return [
         name
         for name, module in model.named_modules()

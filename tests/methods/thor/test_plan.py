@@ -4,7 +4,6 @@ import itertools
 from collections import Counter
 from typing import Any
 
-import pytest
 from scipy.stats import chi2_contingency, chisquare
 
 from moduli.methods.thor.plan import RoutingPlan, draw_plan

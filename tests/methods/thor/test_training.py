@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -191,6 +192,26 @@ def test_labels_of_another_kind_are_refused() -> None:
     model.config.problem_type = "multi_label_classification"
     with pytest.raises(ModelError, match="no consistency loss for several labels"):
         model(**batch, labels=torch.zeros(2, 3))
+
+
+def test_agreement_makes_it_matter_less_which_expert_is_used() -> None:
+    """On texts that were not trained on, where experts start apart."""
+    rows = tiny.rows("bert", 64, seed=3)
+    train, unseen = tiny.batch(rows[:48]), tiny.batch(rows[48:])
+    spread = {0.0: 0.0, 5.0: 0.0}
+    agreed = dict(spread)
+    for seed, alpha in itertools.product((0, 1), spread):
+        torch.manual_seed(seed)
+        model = parted(build("bert", num_experts=2, alpha=alpha, seed=seed), by=0.3).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(60):
+            model(**train).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        spread[alpha] += moduli.thor_report(model, unseen).spread
+        agreed[alpha] += moduli.thor_report(model, train).disagreement
+    assert spread[5.0] < spread[0.0] / 2
+    assert agreed[5.0] < agreed[0.0] / 2
 
 
 def test_draws_move_no_other_random_numbers() -> None:

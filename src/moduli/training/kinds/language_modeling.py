@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moduli.errors import DataError, ModelError
+from moduli.surgery.modular import dense, is_modular
 from moduli.training.batches import use_padding
 from moduli.training.kinds import per_class, per_token
 from moduli.training.kinds.base import Examples, Output, TaskKind
@@ -74,7 +76,8 @@ def _require_causal(model: Any) -> None:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        # Experts may be chosen by the whole text, which says nothing of the model itself.
+        with torch.no_grad(), dense(model) if is_modular(model) else nullcontext():
             pairs = torch.tensor([[1, 1], [1, 2]], device=model.device)
             one, other = (model(input_ids=pair[None]).logits[0, 0] for pair in pairs)
     finally:
