@@ -157,7 +157,8 @@ def apt_lists(source: Source, directory: Path) -> Path:
             files[name.replace("%5f", "_")] = Path(path)
             files["InRelease"] = Path(f"{stem.partition(f'_{component}_')[0]}_InRelease")
     if missing := [name for name in wanted if name not in files or not files[name].is_file()]:
-        note = f"and brought no verified {', '.join(missing)}; its sources need {source.package}.\n"
+        note = f"It brought no verified {', '.join(missing)}. "
+        note += f"Is {source.package} among the sources of apt-get?\n"
         raise FetchError(_failure(source, command, status, output, note))
     with tarfile.open(found / source.archive, "w") as archive:
         for name in wanted:

@@ -76,7 +76,7 @@ def task_names() -> list[str]:
 def _named(name: str, options: DataOptions, on_event: Event | None) -> Task:
     known = NAMED[name]
     _refuse_columns(name, known.kind, options)
-    content = known.read(fetch(known.package, on_event=on_event))
+    content = known.read(fetch(known.package, on_event=on_event), options.domains)
     options = replace(options, domains=options.domains or content.usual)
     domains, notes = split_rows(
         content.rows, content.label_names, options, data_kind(known.kind), content.domains

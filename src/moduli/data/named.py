@@ -11,7 +11,7 @@ wesnoth                dialogues of a game, with a campaign to test on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ class Content:
     usual: tuple[str, ...] | None = None
 
 
+Wanted = tuple[str, ...] | None
+Read = Callable[..., Content]
+"""From the directory of the package, and the domains asked for: rows of others may be left out."""
+
+
 @dataclass(frozen=True)
 class NamedTask:
     """A task that is known by name.
@@ -50,23 +55,23 @@ class NamedTask:
     Attributes:
         package: what `moduli.data.fetch` brings for it.
         kind: of the task.
-        read: from the directory of the package.
+        read: its rows, see `Read`.
         together: whether its domains are trained on together, where nobody says otherwise.
         add: from the domains with their splits, these and what is made of them.
     """
 
     package: str
     kind: str
-    read: Callable[[Path], Content]
+    read: Read
     together: bool = False
     add: Callable[[dict[str, Splits]], dict[str, Splits]] = lambda domains: domains
 
 
-def _sentiment(directory: Path) -> Content:
+def _sentiment(directory: Path, wanted: Wanted = None) -> Content:
     return Content(sentiment_rows(directory), LABEL_NAMES, DOMAINS)
 
 
-def _emoji(directory: Path) -> Content:
+def _emoji(directory: Path, wanted: Wanted = None) -> Content:
     """A concept is a document, so those to be tested on are unseen in every vendor's style."""
     tables = {path.stem: _table(path) for path in sorted(directory.glob("*.parquet"))}
     groups = sorted({group for table in tables.values() for group in table["group"]})
@@ -82,7 +87,7 @@ def _emoji(directory: Path) -> Content:
     return Content(rows, tuple(groups), tuple(order))
 
 
-def _brown(directory: Path) -> Content:
+def _brown(directory: Path, wanted: Wanted = None) -> Content:
     """A row is a document, its sentences joined by line breaks."""
     table = _table(directory / "brown.parquet")
     texts: dict[str, list[str]] = {}
@@ -98,7 +103,7 @@ def _brown(directory: Path) -> Content:
     return Content(rows, (), _genres(table))
 
 
-def _brown_pos(directory: Path) -> Content:
+def _brown_pos(directory: Path, wanted: Wanted = None) -> Content:
     """A row is a sentence.
 
     Sentences of one document stay together. A short sentence that several documents have ("Yes .")
@@ -129,20 +134,27 @@ def _genres(table: dict[str, list[Any]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(table["genre"]))
 
 
-def _debian(part: str) -> Callable[[Path], Content]:
-    def read(directory: Path) -> Content:
-        return _languages(debian_rows(_table(directory / "debian-descriptions.parquet"), part))
+def _debian(part: str) -> Read:
+    def read(directory: Path, wanted: Wanted = None) -> Content:
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        file = directory / "debian-descriptions.parquet"
+        table = pq.read_table(file, filters=[("part", "=", part)])
+        known = table["language"].unique().to_pylist()
+        chosen = pc.field("language").isin(list(wanted or LANGUAGES))
+        return _languages(debian_rows(table.filter(chosen).to_pydict()), known)
 
     return read
 
 
-def _wesnoth(directory: Path) -> Content:
-    return _languages(wesnoth_rows(_table(directory / "wesnoth.parquet")))
+def _wesnoth(directory: Path, wanted: Wanted = None) -> Content:
+    table = _table(directory / "wesnoth.parquet")
+    return _languages(wesnoth_rows(table, wanted or LANGUAGES), table["language"])
 
 
-def _languages(rows: list[Row]) -> Content:
-    others = {row.domain for row in rows} - set(LANGUAGES)
-    return Content(rows, (), (*LANGUAGES, *sorted(others)), LANGUAGES)
+def _languages(rows: list[Row], known: Iterable[str]) -> Content:
+    return Content(rows, (), (*LANGUAGES, *sorted(set(known) - set(LANGUAGES))), LANGUAGES)
 
 
 def _table(path: Path) -> dict[str, list[Any]]:

@@ -1,14 +1,15 @@
 """Tasks of translation from English: their rows, and what of a test is hard.
 
 A row begins with the language to translate into, ">>cs<< text file viewer", so that one model can
-learn several. Every language is a domain. A text of which any sentence is to be tested on is in
-training for no language.
+learn several. Every language is a domain. The split is that of the English side: what is tested on
+in one language is in training for none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moduli.data.cells import same_text
@@ -22,9 +23,12 @@ LANGUAGES = ("es", "cs", "ru", "pl")
 """Those that are learnt where nobody says otherwise: in Debian they have few rows each."""
 HELD_OUT = "ttb"
 """The campaign of Wesnoth to be tested on, "A Tale of Two Brothers"."""
+TEST, VALIDATION = 0.1, 0.05
+"""Shares of the projects; of Wesnoth's other campaigns, both are for validation."""
 HARD = "hard"
 """Domain of the test rows that resemble no row of training, of all languages."""
 
+Columns = Mapping[str, list[Any]]
 TAG = re.compile(r">>(\S+)<<\s*")
 
 
@@ -39,38 +43,49 @@ def language_of(source: str) -> str | None:
     return None if found is None else found[1]
 
 
-def debian_rows(table: dict[str, list[Any]], part: str) -> list[Row]:
-    """Rows of `debian-descriptions.parquet`; a project (its source packages) is a document.
+def debian_rows(table: Columns) -> list[Row]:
+    """Rows of `debian-descriptions.parquet`; a project is a document, and lies in one split.
 
     Args:
-        table: columns as `moduli.data.convert.debian` writes them.
-        part: "short" or "sentence".
+        table: columns as `moduli.data.convert.debian` writes them, of some languages.
     """
-    columns = (table[name] for name in ("source", "target", "language", "project", "part"))
+    columns = (table[name] for name in ("source", "target", "language", "project"))
     return [
-        Row(_values(a, b, language), same_text(a), domain=language, group=project)
-        for a, b, language, project, its in zip(*columns, strict=True)
-        if its == part
+        Row(_values(a, b, language), same_text(a), language, project, split_of(project))
+        for a, b, language, project in zip(*columns, strict=True)
     ]
 
 
-def wesnoth_rows(table: dict[str, list[Any]]) -> list[Row]:
+def wesnoth_rows(table: Columns, languages: Collection[str]) -> list[Row]:
     """Rows of `wesnoth.parquet`; a message is a document, and one campaign is for testing.
 
+    What is said in that campaign, in any language, is left out of the others.
+
     Args:
-        table: columns as `moduli.data.convert.wesnoth` writes them.
+        table: columns as `moduli.data.convert.wesnoth` writes them, of all languages.
+        languages: whose rows to return.
     """
+    spoken = zip(table["source"], table["campaign"], strict=True)
+    held_out = {same_text(source) for source, campaign in spoken if campaign == HELD_OUT}
     columns = (table[name] for name in ("source", "target", "language", "campaign", "message"))
-    return [
-        Row(
-            _values(a, b, language),
-            same_text(a),
-            domain=language,
-            group=f"{campaign} {message}",
-            split="test" if campaign == HELD_OUT else None,
-        )
-        for a, b, language, campaign, message in zip(*columns, strict=True)
-    ]
+    rows = []
+    for a, b, language, campaign, message in zip(*columns, strict=True):
+        if language not in languages:
+            continue
+        document, text, split = f"{campaign} {message}", same_text(a), "test"
+        if campaign != HELD_OUT:
+            if text in held_out:
+                continue
+            split = "train" if split_of(document) == "train" else "validation"
+        rows.append(Row(_values(a, b, language), text, language, document, split))
+    return rows
+
+
+def split_of(document: str) -> str:
+    """The split of a document: the same one whichever languages are learnt, and for everybody."""
+    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
+    share = int.from_bytes(digest, "big") / 2**64
+    return "test" if share < TEST else "validation" if share < TEST + VALIDATION else "train"
 
 
 def _values(source: str, target: str, language: str) -> dict[str, Any]:

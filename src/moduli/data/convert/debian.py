@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from moduli.data.cells import same_text
 from moduli.data.convert.parallel import one_line, sentence_pairs
 from moduli.data.convert.tables import write_table
 from moduli.errors import FetchError
@@ -18,7 +19,8 @@ from moduli.errors import FetchError
 Stanza = dict[str, list[str]]
 """The fields of a package: the value, and lines that continue it as they are."""
 
-_ITEM = re.compile(r" {2}|\s*[-*o+•]\s")  # a line of a list or set as it is
+_ITEM = re.compile(r" {2}|\s*[-*+•]\s")  # a line of a list or set as it is
+_ITEM_O = re.compile(r"\s*o\s")  # in English; other languages have it as a word
 
 
 def debian_descriptions_to_table(source: Path, out: Path) -> None:
@@ -26,10 +28,12 @@ def debian_descriptions_to_table(source: Path, out: Path) -> None:
 
     Columns: `source` (English), `target`, `language` ("cs", ...), `part` ("short" for the line
     that names a package's purpose, "sentence" for those of its paragraphs), `package` (the first
-    that has this description) and `project` (`project_of` its source package). Equal pairs are
-    there once per language and part; short ones that were not translated are left out, and which
-    sentences are kept says `sentence_pairs`: of paragraphs where both sides have equally many,
-    without lists. Rows are in order of language, part, and package.
+    that has this description) and `project` (`project_of` the source package; of a text that
+    several share, the first one's in every language, so that to keep projects apart is to keep
+    texts apart). Equal pairs are there once per language and part; short ones that were not
+    translated are left out, and which sentences are kept says `sentence_pairs`: of paragraphs
+    where both sides have equally many, without lists. Rows are in order of language, part, and
+    package.
 
     Args:
         source: directory with the lists `Translation-en`, `Translation-LANGUAGE` and `Packages`
@@ -46,6 +50,7 @@ def debian_descriptions_to_table(source: Path, out: Path) -> None:
         for stanza in stanzas(source / "Packages")
     }
     rows: list[tuple[str, str, str, str, str, str]] = []
+    owners: dict[str, str] = {}
     for path in sorted(source.glob("Translation-*")):
         language = path.name.removeprefix("Translation-")
         if language == "en":
@@ -59,7 +64,8 @@ def debian_descriptions_to_table(source: Path, out: Path) -> None:
             for part, a, b in _pairs(original, lines):
                 if (part, a, b) not in seen:
                     seen.add((part, a, b))
-                    rows.append((a, b, language, part, package, project))
+                    owner = owners.setdefault(same_text(a), project)
+                    rows.append((a, b, language, part, package, owner))
     rows.sort(key=lambda row: (row[2], row[3] != "short", row[4], row[0], row[1]))
     names = ("source", "target", "language", "part", "package", "project")
     columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
@@ -126,7 +132,8 @@ def _pairs(original: list[str], translated: list[str]) -> Iterator[tuple[str, st
     if len(one) != len(other):
         return
     for a, b in zip(one, other, strict=True):
-        if not any(_ITEM.match(line) for line in (*a, *b)):
+        is_list = any(map(_ITEM.match, (*a, *b))) or any(map(_ITEM_O.match, a))
+        if not is_list:
             for pair in sentence_pairs("\n".join(a), "\n".join(b)):
                 yield "sentence", *pair
 
