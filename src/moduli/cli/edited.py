@@ -1,4 +1,4 @@
-"""What `extend` and `prune` share: the task for a model, and scores before and after."""
+"""What `extend` and `prune` share: scores before and after."""
 
 from __future__ import annotations
 
@@ -7,34 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from moduli.cli.options import Data
-from moduli.cli.output import Output, table
-from moduli.data.task import Task
+from moduli.cli.output import table
 
 SHOWN = 2
 """Metrics of a kind that fit a line twice."""
-
-
-def load_task_for(args: Data, model: str, verb: str, output: Output) -> Task:
-    """The task that was named, taken as the kind that the model has a head for.
-
-    Raises:
-        CheckpointError: there is no such model.
-        ModelError: it can be neither extended nor pruned.
-    """
-    from moduli.data import load_task, task_names
-    from moduli.study.editing import require_editable
-    from moduli.study.tuned import model_kind
-
-    require_editable(model, verb)
-    options = args.data_options()
-    known = model_kind(model)
-    if "kind" not in options and known is not None and args.data not in task_names():
-        options["kind"] = known.name
-    task = load_task(args.data, on_event=output.note, **options)
-    for note in task.notes:
-        output.note(note)
-    return task
 
 
 def score_changes(record: Mapping[str, Any], kind: str, trained: Sequence[str] = ()) -> Table:

@@ -39,23 +39,12 @@ def main(argv: Sequence[str]) -> int:
     args = parse("eval", Eval, argv)
     from moduli.cli.output import Output
     from moduli.cli.tables import score_table
-    from moduli.data import load_task
+    from moduli.cli.tasks import load_task_for
     from moduli.study import tuned
-    from moduli.study.language import as_texts
     from moduli.training.kinds.base import get_kind
 
     output = Output(args.json)
-    options = args.data_options()
-    known = tuned.model_kind(args.model)
-    reads = "kind" not in options and known is not None and known.name == "language-modeling"
-    named = ":" not in args.data  # files may hold nothing but texts
-    if "kind" not in options and known is not None and not (reads and named):
-        options["kind"] = known.name
-    task = load_task(args.data, on_event=output.note, **options)
-    for note in task.notes:
-        output.note(note)
-    if reads:
-        task = as_texts(task)
+    task = load_task_for(args, args.model, output)
     kind = get_kind(task.kind)
     model, processor = tuned.load_tuned(args.model, kind, dense=args.dense)
     scores = tuned.evaluate_task(

@@ -71,14 +71,16 @@ class Extend(Data):
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("extend", Extend, argv)
-    from moduli.cli.edited import load_task_for, score_changes
+    from moduli.cli.edited import score_changes
     from moduli.cli.output import Output
     from moduli.cli.progress import StepProgress
-    from moduli.study.editing import require_new
+    from moduli.cli.tasks import load_task_for
+    from moduli.study.editing import require_editable, require_new
     from moduli.study.extending import Extension, extend_directory
 
     output = Output(args.json)
     require_new(args.out)
+    require_editable(args.model, "extend")  # before the data, which takes longer
     spec = Extension(
         attention=args.attention,
         feed_forward=args.feed_forward,
@@ -91,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         settings=args.settings,
         seed=args.seed,
     )
-    task = load_task_for(args, args.model, "extend", output) if args.data is not None else None
+    task = load_task_for(args, args.model, output) if args.data is not None else None
     with StepProgress(output.log, "training new experts") as progress:
         record, report = extend_directory(
             args.model,

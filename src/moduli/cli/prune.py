@@ -47,15 +47,17 @@ class Prune(Data):
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("prune", Prune, argv)
-    from moduli.cli.edited import load_task_for, score_changes
+    from moduli.cli.edited import score_changes
     from moduli.cli.output import Output
     from moduli.cli.progress import StepProgress
-    from moduli.study.editing import require_new
+    from moduli.cli.tasks import load_task_for
+    from moduli.study.editing import require_editable, require_new
     from moduli.study.pruning import prune_directory
 
     output = Output(args.json)
     require_new(args.out)
-    task = load_task_for(args, args.model, "prune", output)
+    require_editable(args.model, "prune")  # before the data, which takes longer
+    task = load_task_for(args, args.model, output)
     with StepProgress(output.log, "measuring", unit="batch") as progress:
         record, report = prune_directory(
             args.model,
