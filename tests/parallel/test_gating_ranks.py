@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import moduli
 from moduli.parallel import GatingDropout
-from tests.parallel.gating_ranks import CONFIGS, MODELS, TIMEOUT, alone, build, tokens
+from tests.parallel.gating_ranks import CONFIGS, MODELS, build, in_one_process, tokens
 
 ROOT = Path(__file__).parents[2]
 # One exchange is: how many rows, the rows, the results; and the last two again backwards.
@@ -71,7 +71,7 @@ def test_real_ranks_compute_what_virtual_ones_do(
 ) -> None:
     if f"{family}.exchange.logits" not in tensors[0]:
         pytest.skip("with --full")
-    for name, (logits, gradients) in alone(build(family), ranks).items():
+    for name, (logits, gradients) in in_one_process(build(family), ranks).items():
         key = f"{family}.{name}"
         found = torch.cat([each[f"{key}.logits"] for each in tensors])
         torch.testing.assert_close(found, logits, rtol=1e-6, atol=1e-5, msg=key)
@@ -128,8 +128,6 @@ def test_a_lost_rank_ends_the_others(where: str, folder: Path, ranks: int) -> No
         layer = 1 if where == "backward" else 0
         assert error.startswith(f"TrainingError: model.layers.{layer}.mlp.experts: rank {rank} ")
         assert f"no sign of rank {ranks - 1}." in error
-    # The lost rank of "late" sleeps three times as long before it ends.
-    assert float((folder / where / "seconds").read_text()) < 10 * TIMEOUT
 
 
 def test_a_checkpoint_of_some_ranks_is_loaded_by_any_number(

@@ -9,8 +9,8 @@ from typing import Any
 
 from moduli.on_import import on_import
 from moduli.parallel.apply import AttachedGatingDropout, gating_dropout
+from moduli.parallel.decisions import GatingDropout
 from moduli.parallel.expert_parallel import expert_parallel_plan, spread_experts
-from moduli.parallel.gating_dropout import GatingDropout
 
 __all__ = [
     "AttachedGatingDropout",

@@ -42,7 +42,7 @@ def require_agreement(settings: int, step: int, device: torch.device) -> None:
     from torch.distributed._functional_collectives import all_gather_tensor
 
     mine = torch.tensor([settings, step], device=device)
-    gathered = _waited(all_gather_tensor(mine, 0, _everyone()))
+    gathered = _named(lambda: all_gather_tensor(mine, 0, _everyone()))
     found = gathered.view(-1, 2).tolist()
     first = found[0]
     others = [rank for rank, numbers in enumerate(found) if numbers != first]
@@ -64,15 +64,19 @@ def from_rank_0(decisions: Sequence[bool], device: torch.device) -> tuple[bool, 
     """What rank 0 decided."""
     from torch.distributed._functional_collectives import broadcast
 
-    said = _waited(broadcast(torch.tensor(decisions, device=device), 0, _everyone()))
+    mine = torch.tensor(decisions, device=device)
+    said = _named(lambda: broadcast(mine, 0, _everyone()))
     return tuple(said.tolist())
 
 
-def _waited(tensor: Tensor) -> Tensor:
+def _named(act: Callable[[], Tensor]) -> Tensor:
     from torch.distributed._functional_collectives import wait_tensor
 
-    done: Tensor = wait_tensor(tensor)
-    return done
+    def done() -> Tensor:
+        found: Tensor = wait_tensor(act())
+        return found
+
+    return named_failure(done, "settings of gating dropout", _everyone())
 
 
 def _everyone() -> Any:
@@ -93,9 +97,9 @@ def named_failure(act: Callable[[], Tensor], layer: str, group: Any) -> Tensor:
         missing = _missing(layer, mine, ranks)
         who = f"; no sign of rank {', '.join(map(str, missing))}" if missing else ""
         raise TrainingError(
-            f"{layer}: rank {mine} could not exchange tokens with ranks "
+            f"{layer}: rank {mine} could not talk to ranks "
             f"{', '.join(str(r) for r in ranks if r != mine)}{who}. A rank has ended, or did not "
-            "reach this exchange within the time-out of the process group; see its own output, "
+            "come within the time-out of the process group; see its own output, "
             f"and start the run again from its last checkpoint ({str(error).splitlines()[0]})"
         ) from error
 

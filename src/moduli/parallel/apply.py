@@ -16,8 +16,8 @@ from torch import nn
 
 from moduli.errors import ConfigError, ModelError
 from moduli.parallel.agreement import from_rank_0, is_distributed, require_agreement
+from moduli.parallel.decisions import GatingDropout
 from moduli.parallel.expert_parallel import expert_modules, require_divisible
-from moduli.parallel.gating_dropout import GatingDropout
 from moduli.parallel.layer import GatedLayer
 
 _MARK = "_moduli_gating_dropout"

@@ -16,6 +16,7 @@ from torch import nn
 from moduli.errors import ConfigError, ModelError
 from moduli.surgery.owned import OwnedExperts
 from moduli.surgery.routed import RoutedLayer
+from moduli.surgery.stochastic import stochastic_projections
 
 CONTRACT = ("hidden_states", "top_k_index", "top_k_weights")
 """Arguments of experts of transformers, and of ours."""
@@ -37,6 +38,12 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
             )
         if name.rpartition(".")[2] == "experts" and _on_contract(module):
             found[name] = module
+    if not found and stochastic_projections(model):
+        raise ModelError(
+            f"the experts of this {type(model).__name__} are named for the whole batch by a plan "
+            "(THOR), so that no token goes to another rank and there is no gate to drop; train it "
+            "data-parallel"
+        )
     if not found:
         raise ModelError(f"this {type(model).__name__} has no experts of their own")
     return found

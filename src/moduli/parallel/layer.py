@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
+from moduli.parallel.decisions import GatingDropout
 from moduli.parallel.expert_parallel import CONTRACT
-from moduli.parallel.gating_dropout import GatingDropout
 from moduli.parallel.local import (
     Part,
     best_of,
@@ -153,12 +153,15 @@ class GatedLayer:
         A rule that looks at the whole batch (capacity, experts that choose) looks at that of a rank
         in training, as it does where ranks are real.
         """
+        routing: Routing
+        if not self.experts.training:
+            routing = self._select(scores, context)
+            return routing
         dropping, parts = self.dropping(), self._parts(len(scores))
         confined = dropping and not self.computes_nothing and self.config.local_policy != "modulo"
-        routing: Routing
         if parts and confined:
             routing = self._confined(self._select(scores, context), context, parts)
-        elif len(parts) > 1 and self.experts.training and self._looks_at_batch:
+        elif len(parts) > 1 and self._looks_at_batch:
             routing = joined([self._select(scores[own], within(context, own)) for _, own in parts])
         else:
             routing = self._select(scores, context)
