@@ -69,7 +69,7 @@ def test_numbers_of_slots(
     padded=st.booleans(),
     count_padding=st.booleans(),
 )
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_an_expert_keeps_its_load_up_to_its_capacity(
     seed: int,
     shape: tuple[int, int],

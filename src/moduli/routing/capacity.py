@@ -128,6 +128,11 @@ class Capacity:
                 "choose 0 or more, 1 or more, and 0 to 1"
             )
 
+    def drops(self, training: bool) -> bool:
+        """Whether there is a limit at all; evaluation has a rule of its own."""
+        limited = self.rounding == "huggingface" or bool(self.factor)
+        return limited and (training or self.in_evaluation)
+
     def limit(self, tokens: int, num_experts: int, top_k: int, training: bool) -> int | None:
         """Slots per expert (per expert and sequence for "huggingface"); None: nothing is dropped.
 
@@ -135,14 +140,13 @@ class Capacity:
             tokens: T.
             num_experts: E.
             top_k: K.
-            training: evaluation has a rule of its own.
+            training: see `drops`.
         """
-        if not (training or self.in_evaluation):
+        if not self.drops(training):
             return None
         if self.rounding == "huggingface":
             return self.per_sequence
-        if not self.factor:
-            return None
+        assert self.factor is not None
         if self.rounding == "deepspeed":
             return max(math.ceil(tokens / num_experts * self.factor * top_k), self.minimum)
         if self.rounding == "fairseq" and not training and self.share:
@@ -167,13 +171,14 @@ class Capacity:
         Raises:
             ModelError: sequences are to be counted and the tokens came without them.
         """
+        if not self.drops(context.training):
+            return wanted
         num_experts = scores.shape[1]
         tokens, top_k = experts.shape
         if context.real is not None and not self.count_padding:
             tokens = int(context.real.sum())
         limit = self.limit(tokens, num_experts, top_k, context.training)
-        if limit is None:
-            return wanted
+        assert limit is not None
         queues = experts
         if self.rounding == "huggingface":
             sequences, rows = _sequences(context, experts)

@@ -209,6 +209,8 @@ class RoutedLayer(nn.Module):
         diluted = self.options.aux == "first_choice_paper"
         if real is not None and not diluted:
             scores, first, real = scores[real], first[real], None
+        if not len(scores):
+            return scores.sum()  # padding alone, which has no mean: nothing, with a graph
         if self.options.aux == "z":
             return z_loss(scores)
         loss = switch_loss(scores, first, real)

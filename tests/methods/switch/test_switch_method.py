@@ -197,6 +197,13 @@ def test_the_z_loss_can_stand_alone_and_both_can_be_off() -> None:
     assert auxiliary_loss(model) is None
 
 
+def test_a_batch_of_padding_alone_adds_nothing() -> None:
+    inputs = {**rows(), "attention_mask": torch.zeros(4, 9, dtype=torch.long)}
+    for settings in ({"z_weight": 0.1}, {"aux": "none", "z_weight": 0.1}):
+        term, _ = training_terms(switched(**settings), inputs)  # type: ignore[arg-type]
+        assert term.item() == 0
+
+
 def test_jitter_leaves_the_experts_their_input() -> None:
     model = switched(jitter=0.5, gate_scale="one", capacity_factor=None, aux="none").train()
     inputs, dense = rows(count=2), tiny.build("bert").train()
@@ -260,8 +267,7 @@ def test_bfloat16_autocast() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_steps_of_finetuning(checkpointing: bool) -> None:
+def test_two_steps_of_finetuning_with_gradient_checkpointing() -> None:
     from moduli.training.finetune import finetune
     from moduli.training.settings import FinetuneSettings
     from tests.training.tinykinds import tokenizer
@@ -282,8 +288,7 @@ def test_two_steps_of_finetuning(checkpointing: bool) -> None:
         )
     )
     moduli.convert(model, moduli.Switch(num_experts=2, layers="all", z_weight=0.001))
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     before = digests(model)
     data = [{"text": f"the film was {w}", "label": i % 2} for i, w in enumerate(("great", "awful"))]
     settings = FinetuneSettings(max_steps=2, batch_size=4, learning_rate=1e-2)
@@ -310,8 +315,8 @@ def scatter(model: Any) -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gate_scale": "prob_times_E"}, {"top_k": 2}, {"preset": "paper"}, {"init_scale": 0.1}],
-    ids=["default", "times_E", "gshard", "paper", "scratch"],
+    [{}, {"top_k": 2}, {"preset": "paper"}, {"init_scale": 0.1}],
+    ids=["default", "gshard", "paper", "scratch"],
 )
 def test_saved_models_come_back_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
     model = scatter(switched(**settings))

@@ -67,7 +67,7 @@ def dispatch(case: Case, check: Check) -> None:
         f"capacity {limit}, not {hyper.get('capacity')}",
     )
     wanted = Named(case, check)
-    combine, taken = in_slots(routing, router, context, limit or tokens)
+    combine, taken = in_slots(routing, router, context, tokens if limit is None else limit)
     if "combine" in case.data["expected"]:
         wanted.close("combine", combine)
     if "dispatch" in case.data["expected"]:

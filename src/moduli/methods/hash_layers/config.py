@@ -130,7 +130,7 @@ def _require_ids(model: nn.Module, ffn: FFN) -> None:
     part = None if name is None else stacks(model)[name]
     if part is None or "input_ids" not in inspect.signature(part.forward).parameters:
         raise ModelError(
-            f"{ffn.name} does not see tokens of a vocabulary, so that no table can say which "
+            f"{ffn.name}: it does not see tokens of a vocabulary, so that no table can say which "
             "expert they have; choose layers of a text model, or moduli.Switch, whose router looks "
             "at vectors"
         )
