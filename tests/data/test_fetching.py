@@ -369,6 +369,10 @@ def test_every_row_of_the_table_is_pinned_and_unique() -> None:
         targets = [t for source in package.sources for _, t in source.members]
         assert len(set(targets)) == len(targets)
         for source in package.sources:
+            if source.archive_kind == "lists":  # which change, and which apt-get verifies
+                assert source.sha256 is None
+                continue
+            assert source.sha256 is not None
             assert len(source.sha256) == 64
             assert source.version.rpartition(":")[2] in source.archive  # less Debian's epoch
 

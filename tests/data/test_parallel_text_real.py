@@ -11,7 +11,7 @@ import pytest
 
 from moduli.data import Task, fetch, load_task
 from moduli.data.translation import core
-from moduli.errors import DataError
+from moduli.errors import ConfigError, DataError
 
 pytestmark = [
     pytest.mark.network,
@@ -79,3 +79,9 @@ def test_wesnoth_keeps_a_campaign_for_testing() -> None:
 def test_a_language_without_data_is_refused_with_those_that_have_it() -> None:
     with pytest.raises(DataError, match=r"no domain 'tr'.*'es', 'cs', 'ru', 'pl', 'da', 'de'"):
         load_task("debian-sentences", domains=("tr",))
+
+
+@pytest.mark.slow
+def test_the_split_is_part_of_the_task() -> None:
+    with pytest.raises(ConfigError, match=r"test_size.*'wesnoth' does\. max_test takes fewer"):
+        load_task("wesnoth", test_size=0.5)

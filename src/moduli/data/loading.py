@@ -77,6 +77,8 @@ def _named(name: str, options: DataOptions, on_event: Event | None) -> Task:
     known = NAMED[name]
     _refuse_columns(name, known.kind, options)
     content = known.read(fetch(known.package, on_event=on_event), options.domains)
+    if content.rows and content.rows[0].split is not None:
+        _refuse_sizes(name, options)
     options = replace(options, domains=options.domains or content.usual)
     domains, notes = split_rows(
         content.rows, content.label_names, options, data_kind(known.kind), content.domains
@@ -93,6 +95,17 @@ def _refuse_columns(task: str, kind: str, options: DataOptions) -> None:
         if field.name.endswith("_column") and getattr(options, field.name) != field.default:
             raise ConfigError(
                 f"{field.name} is for own files; the task {task!r} has its columns fixed."
+            )
+
+
+def _refuse_sizes(task: str, options: DataOptions) -> None:
+    """Some named tasks come split, for everybody in the same way."""
+    default = DataOptions()
+    for size in ("validation_size", "test_size"):
+        if getattr(options, size) != getattr(default, size):
+            raise ConfigError(
+                f"{size} is for data that does not come split; the task {task!r} does. "
+                f"max_{size.removesuffix('_size')} takes fewer rows."
             )
 
 
