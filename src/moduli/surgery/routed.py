@@ -71,6 +71,8 @@ def _of_stack(found: dict[str, Tensor | None], shape: torch.Size, name: str) -> 
     for stack, given in found.items():
         if given is None or not f"{name}.".startswith(f"{stack}." if stack else ""):
             continue
+        if len(shape) == 1 and given.numel() == shape[0]:  # the model flattens its tokens (OPT)
+            return given.reshape(-1)
         if len(shape) != 2 or given.shape[0] != shape[0]:
             continue
         # With a cache a mask is longer than the new tokens: the last columns are theirs.

@@ -161,6 +161,17 @@ def test_padding_is_not_in_the_losses_and_takes_no_slot(family: str) -> None:
         assert not narrow.active[real].all()  # the capacity bites
 
 
+def test_padding_is_known_to_a_model_that_flattens_its_tokens() -> None:
+    model, inputs = families.build("opt"), rows("gpt2")
+    moduli.convert(model, moduli.Switch(num_experts=3, layers="all"))
+    _, seen = training_terms(model, inputs)
+    for _, routing, real in seen:
+        assert real is not None
+        assert routing.active is not None
+        assert torch.equal(real, inputs["attention_mask"].bool().flatten())
+        assert not routing.active[~real].any()
+
+
 def test_the_losses_are_those_of_first_choices() -> None:
     settings = {"top_k": 2, "aux_weight": 0.02, "z_weight": 0.003, "num_experts": 4}
     term, seen = training_terms(switched(**settings), rows())

@@ -86,7 +86,7 @@ class HashLayers(DataMethod):
 
         def table(ffn: FFN) -> Tensor:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ffn.index)
-            vocabulary = _vocabulary(given.model)
+            vocabulary = _vocabulary(given.model, ffn)
             if self.table == "random":
                 return random_table(vocabulary, self.num_experts, generator)
             counts = _counts(given.batches, _stack_of(given.model, ffn), vocabulary)
@@ -100,8 +100,11 @@ class HashLayers(DataMethod):
 
     def restore(self, model: nn.Module, layout: Layout, permuted: bool) -> None:
         """Give a model that was read from a checkpoint its experts again; tables are loaded."""
-        unknown = torch.zeros(_vocabulary(model), dtype=torch.long)
-        restore_owned(model, layout, self._recipe(lambda ffn: unknown, lambda ffn: None).own)
+
+        def unknown(ffn: FFN) -> Tensor:
+            return torch.zeros(_vocabulary(model, ffn), dtype=torch.long)
+
+        restore_owned(model, layout, self._recipe(unknown, lambda ffn: None).own)
 
     def _recipe(self, table: MakeTable, check: Callable[[FFN], object]) -> OwnedRecipe:
         def router(ffn: FFN, bank: ExpertBank) -> Router:
@@ -136,9 +139,10 @@ def _require_ids(model: nn.Module, ffn: FFN) -> None:
         )
 
 
-def _vocabulary(model: Any) -> int:
-    """V, the rows of the input embeddings."""
-    return int(model.get_input_embeddings().weight.shape[0])
+def _vocabulary(model: nn.Module, ffn: FFN) -> int:
+    """V, the rows of the input embeddings of the stack that an FFN is in."""
+    part: Any = stacks(model)[_stack_of(model, ffn) or ""]
+    return int(part.get_input_embeddings().weight.shape[0])
 
 
 def _counts(batches: Sequence[Batch], stack: str | None, vocabulary: int) -> Int[Tensor, " V"]:
