@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+import moduli
 from moduli.parallel import GatingDropout, gating_dropout, spread_experts
 from tests import tiny
 from tests.parallel.gating_ranks import build
@@ -32,13 +33,12 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def train(folder: Path, ranks: int | None, resume: bool = False) -> list[tuple[int, bool]]:
+def train(folder: Path, ranks: int | None) -> list[tuple[int, bool]]:
     """Train, and save what came out; the step and the decision at every micro-batch.
 
     Args:
-        folder: for checkpoints, and the model in `trained`.
+        folder: for the model, in `trained`.
         ranks: number of virtual ranks; None: this is one of several processes.
-        resume: from the checkpoint in the middle.
     """
     model = build("llama")
     if ranks is None:
@@ -50,7 +50,7 @@ def train(folder: Path, ranks: int | None, resume: bool = False) -> list[tuple[i
     )
     arguments: dict[str, Any] = {
         "output_dir": str(folder), "gradient_accumulation_steps": PASSES, "max_steps": STEPS,
-        "per_device_train_batch_size": ROWS * (ranks or 1), "save_steps": STEPS // 2,
+        "per_device_train_batch_size": ROWS * (ranks or 1), "save_strategy": "no",
         "train_sampling_strategy": "sequential", "learning_rate": 1e-2, "max_grad_norm": 0.0,
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no",
     }  # fmt: skip
@@ -60,35 +60,43 @@ def train(folder: Path, ranks: int | None, resume: bool = False) -> list[tuple[i
         train_dataset=rows(),
         callbacks=[attached.callback()],
     )
-    checkpoint = str(folder / f"checkpoint-{STEPS // 2}")
-    trainer.train(resume_from_checkpoint=checkpoint if resume else None)
-    model.save_pretrained(folder / ("resumed" if resume else "trained"))
+    trainer.train()
+    model.save_pretrained(folder / "trained")
     return said
 
 
-def loop(folder: Path, ranks: int | None) -> None:
-    """A loop of one's own: Accelerate shares out the batches, and the model is spread already."""
+def loop(folder: Path, ranks: int | None, resume: bool = False) -> None:
+    """A loop of one's own: Accelerate shares out the batches, and the model is spread already.
+
+    Its optimiser has no state, so that it resumes from a checkpoint in the middle by the weights.
+    """
     accelerator = Accelerator(cpu=True)
-    model = build("llama")
+    model = moduli.load(folder / "half").train() if resume else build("llama")
     if ranks is None:
         spread_experts(model)
     attached = gating_dropout(model, CONFIG, ranks=ranks)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = DataLoader(rows(), batch_size=ROWS * (ranks or 1))  # type: ignore[arg-type]
     optimiser, batches = accelerator.prepare(optimiser, batches)  # not the model
+    half = STEPS * PASSES // 2
     for step, batch in enumerate(batches):
+        if step == half and not resume:
+            model.save_pretrained(folder / "half")
+        if step < half and resume:
+            continue
         attached.set_step(step)
         accelerator.backward(model(**batch).loss)
         optimiser.step()
         optimiser.zero_grad()
-    model.save_pretrained(folder / "loop")
+    model.save_pretrained(folder / ("resumed" if resume else "loop"))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     where, rank = Path(sys.argv[1]), os.environ["RANK"]
-    everything = [train(where, None), train(where, None, resume=True)]
+    everything = train(where, None)
     loop(where, None)
+    loop(where, None, resume=True)
     (where / f"{rank}.json").write_text(json.dumps(everything))
     dist.destroy_process_group()
