@@ -82,6 +82,10 @@ def test_a_language_without_data_is_refused_with_those_that_have_it() -> None:
 
 
 @pytest.mark.slow
-def test_the_split_is_part_of_the_task() -> None:
+def test_the_split_is_part_of_the_task_and_what_is_scored_is_not() -> None:
+    task = load_task("wesnoth", kind="seq2seq", domains=("fi",), max_train=10)
+    assert (task.kind, len(task.domains["fi"].train or ())) == ("seq2seq", 10)
+    with pytest.raises(ConfigError, match="one of translation, not of classification"):
+        load_task("wesnoth", kind="classification")
     with pytest.raises(ConfigError, match=r"test_size.*'wesnoth' does\. max_test takes fewer"):
         load_task("wesnoth", test_size=0.5)

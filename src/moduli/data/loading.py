@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moduli.data.fetching import fetch
-from moduli.data.kinds import data_kind, guess_kind
+from moduli.data.kinds import DataKind, data_kind, guess_kind
 from moduli.data.named import NAMED
 from moduli.data.readers import READERS, read_files, read_hub
 from moduli.data.rows import checked_rows
@@ -75,22 +75,21 @@ def task_names() -> list[str]:
 
 def _named(name: str, options: DataOptions, on_event: Event | None) -> Task:
     known = NAMED[name]
-    _refuse_columns(name, known.kind, options)
+    kind = data_kind(options.kind or known.kind)
+    _refuse_columns(name, data_kind(known.kind), kind, options)
     content = known.read(fetch(known.package, on_event=on_event), options.domains)
     if content.rows and content.rows[0].split is not None:
         _refuse_sizes(name, options)
     options = replace(options, domains=options.domains or content.usual)
-    domains, notes = split_rows(
-        content.rows, content.label_names, options, data_kind(known.kind), content.domains
-    )
+    domains, notes = split_rows(content.rows, content.label_names, options, kind, content.domains)
     sources = tuple(domains) if known.together else ()
-    return Task(name, known.kind, content.label_names, known.add(domains), sources, tuple(notes))
+    return Task(name, kind.name, content.label_names, known.add(domains), sources, tuple(notes))
 
 
-def _refuse_columns(task: str, kind: str, options: DataOptions) -> None:
-    """Named tasks have one kind, and their columns are fixed."""
-    if options.kind not in (None, kind):
-        raise ConfigError(f"The task {task!r} is one of {kind}, not of {options.kind}.")
+def _refuse_columns(task: str, kind: DataKind, asked: DataKind, options: DataOptions) -> None:
+    """Named tasks have one kind, or are taken as another of the same columns; these are fixed."""
+    if (asked.columns, asked.encode) != (kind.columns, kind.encode):
+        raise ConfigError(f"The task {task!r} is one of {kind.name}, not of {asked.name}.")
     for field in dataclasses.fields(DataOptions):
         if field.name.endswith("_column") and getattr(options, field.name) != field.default:
             raise ConfigError(
