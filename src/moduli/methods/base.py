@@ -32,12 +32,14 @@ class Method:
     Class attributes:
         name: on the command line and in checkpoints.
         summary: one line for lists.
-        modular: whether `apply` makes routed layers.
+        modular: whether `apply` makes layers with experts, which merging makes dense again.
+        routes: whether those layers have a router, so that there is routing to look at.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     modular: ClassVar[bool] = True
+    routes: ClassVar[bool] = True
 
     @property
     def borrows(self) -> bool:

@@ -149,7 +149,8 @@ def work_of(spec: RunSpec, task: Task) -> Work:
     validation = sum(len(s.validation) for s in splits if s.validation is not None)
     tests = [len(s.test) for s in splits if s.test is not None]
     scored = validation + sum(tests) * (1 + len(spec.edits))
-    if spec.method.build().modular:
+    method = spec.method.build()
+    if method.modular and method.routes:
         scored += sum(min(INSPECTED_ROWS, count) for count in tests)
     scored += min(ROWS_TO_COUNT, rows) * sum(edit.name == "pruned" for edit in spec.edits)
     return Work(trained, scored)

@@ -115,7 +115,8 @@ def uninspected(study: Study, inspections: Mapping[str, Inspection]) -> list[str
         label
         for arm, label in enumerate(study.plan.labels)
         if (runs := study.finished(arm))
-        and study.plan.arms[arm].method.build().modular
+        and (method := study.plan.arms[arm].method.build()).modular
+        and method.routes
         and not any(record.spec.key in inspections for _, record in runs)
     ]
 

@@ -229,7 +229,9 @@ def _work(
     tuning = prepare(model, spec.settings)
     cost = measure_cost(tuning, conversion, shown)
     with clocks("train"), watch_kernels() as in_training, PeakMemory() as memory:
-        selection = SelectionOverTraining(at_most=WINDOWS) if method.modular else None
+        selection = (
+            SelectionOverTraining(at_most=WINDOWS) if method.modular and method.routes else None
+        )
         result = finetune(
             tuning,
             processor,

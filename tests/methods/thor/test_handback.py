@@ -17,7 +17,10 @@ from tests import families, tiny
 from tests.methods.thor.models import build, labelled, parted
 from tests.surgery.test_roundtrip import digests
 
-FAMILIES = ["bert", "vit", "gpt2", "llama", "t5", "bart", "whisper"]
+FAMILIES = [
+    *("bert", "gpt2", "llama"),
+    *(pytest.param(family, marks=pytest.mark.slow) for family in ("vit", "t5", "bart", "whisper")),
+]
 
 
 @torch.no_grad()

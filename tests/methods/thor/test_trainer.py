@@ -23,6 +23,8 @@ from tests.methods.thor.models import assert_same, build, gradients, parted
 from tests.training.ddp_worker import Gradients, InOrder, arguments
 from tests.training.test_finetune_kinds import load
 
+OTHER_KINDS = ("regression", "language-modeling", "seq2seq")
+
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[RoutingPlan]:
@@ -132,7 +134,10 @@ def test_a_trainer_evaluates_a_model_that_takes_no_more_arguments(tmp_path: Path
     assert found["eval_loss"] == pytest.approx(float(made.total), rel=0.2)  # batches of 8 rows
 
 
-@pytest.mark.parametrize("kind", ["classification", "regression", "language-modeling", "seq2seq"])
+@pytest.mark.parametrize(
+    "kind",
+    ["classification", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHER_KINDS)],
+)
 def test_finetune(kind: str, tmp_path: Path) -> None:
     """The loss falls, over all labels of a step; evaluation and hand-back work as ever."""
     model, processor, train = load(kind, tmp_path)

@@ -194,6 +194,7 @@ def test_labels_of_another_kind_are_refused() -> None:
         model(**batch, labels=torch.zeros(2, 3))
 
 
+@pytest.mark.slow
 def test_agreement_makes_it_matter_less_which_expert_is_used() -> None:
     """Experts that start apart say the same of new texts, and learn known ones alike."""
     rows = tiny.rows("llama", 96, seed=3)

@@ -67,6 +67,7 @@ class THOR(Method):
 
     name: ClassVar[str] = "thor"
     summary: ClassVar[str] = "copies of FFNs drawn at random, passes that are to agree (THOR)"
+    routes: ClassVar[bool] = False
 
     num_experts: int = 2
     layers: str | Sequence[int] | Sequence[str] = "even"
