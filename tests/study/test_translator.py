@@ -41,6 +41,7 @@ def plan(seed: int = 0) -> Plan:
     )
 
 
+@pytest.mark.slow
 def test_the_same_spec_gives_the_same_translator(tmp_path: Path) -> None:
     given = task()
     (run,) = plan().runs([given])
