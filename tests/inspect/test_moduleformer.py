@@ -11,6 +11,7 @@ import torch
 import moduli
 from moduli.data.task import Splits, Task
 from moduli.inspect.duplicates import duplicate_experts
+from moduli.inspect.text import layer_names
 from moduli.inspect.watching import expert_layers, watch
 from moduli.models.moduleformer import ModuleFormerConfig, ModuleFormerForCausalLM
 
@@ -68,3 +69,12 @@ def test_an_inspection_has_a_table_of_every_layer(model: Any, tmp_path: Path) ->
     assert len(found.layers) == 4
     for layer in found.layers:
         assert sum(layer.load) > 0
+
+
+def test_two_layers_of_a_block_are_told_apart_in_few_letters() -> None:
+    parts = [f"transformer.h.{i}.{part}" for i in (0, 10) for part in ("attn.q_proj", "mlpf")]
+    assert layer_names(parts) == ["0 attn", "0 mlpf", "10 attn", "10 mlpf"]
+    assert layer_names(parts[::2]) == ["layer 0", "layer 10"]
+    alike = ["h.0.mlp.a", "h.0.mlp.b"]
+    assert layer_names(alike) == alike
+    assert layer_names(["mlp", "head"]) == ["mlp", "head"]

@@ -146,5 +146,5 @@ def _tables(record: dict[str, Any]) -> list[Any]:
             for name, load in record["load"].items()
         ]
         columns = ("router", "experts", "most used", "least used", "never used")
-        parts += ["", table(columns, shares), "most and least used: times the load of an even one"]
+        parts += ["", table(columns, shares), "most and least used: in units of an even share"]
     return parts

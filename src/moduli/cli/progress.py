@@ -9,6 +9,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moduli.study.wording import duration
+
 PIPE_SECONDS = 20.0
 
 
@@ -67,6 +69,6 @@ class StepProgress:
             self.said = clock
             since = done - self.first
             left = (clock - self.started) / since * (total - done) if since else 0.0
-            about = f" (about {left:.0f} s left)" if left else ""
+            about = f" (about {duration(left)} left)" if left else ""
             line = f"{self.what}: {self.unit} {done}/{total}{more}{about}"
             self.console.print(line, soft_wrap=True)

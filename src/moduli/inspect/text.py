@@ -35,9 +35,12 @@ def shortened(text: str, length: int) -> str:
 
 
 def layer_names(names: Sequence[str]) -> list[str]:
-    """Names of layers for people: "layer 10" where the first number in a name tells them apart."""
-    numbers = [re.search(r"(?<![^.])\d+(?![^.])", name) for name in names]
-    short = [
-        f"layer {found[0]}" if found else name for found, name in zip(numbers, names, strict=True)
-    ]
-    return short if len(set(short)) == len(names) else list(names)
+    """Names of layers for people: "layer 10" where the first number in a name tells them apart,
+    "10 attn" where what follows it does."""
+    found = [re.search(r"(?<![^.])(\d+)(?:\.(\w+))?(?![^.])", name) for name in names]
+    numbers = [f"layer {m[1]}" if m else name for m, name in zip(found, names, strict=True)]
+    parts = [f"{m[1]} {m[2]}" if m else name for m, name in zip(found, names, strict=True)]
+    for short in (numbers, parts):
+        if len(set(short)) == len(names):
+            return short
+    return list(names)

@@ -24,6 +24,7 @@ from moduli.study.editing import (
 from moduli.study.records import write_json
 from moduli.study.tuned import text_length
 from moduli.surgery.files import new_directory
+from moduli.training.plain import BATCH_SIZE
 from moduli.training.settings import FinetuneSettings
 
 
@@ -37,7 +38,7 @@ def prune_directory(
     per_layer: bool = False,
     threshold: float | None = None,
     max_length: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     tell: Tell = lambda line: None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], Any]:
@@ -50,7 +51,7 @@ def prune_directory(
         keep, by, per_layer, threshold: of `moduli.models.moduleformer.pruning.prune`.
         max_length: longest text in tokens; longer ones are cut into pieces. None: what the model
             was made for.
-        batch_size: pieces per forward pass.
+        batch_size: pieces per forward pass, at most.
         tell: called with a line about what is going on.
         on_batch: called in measuring with the number of batches that are done, and of all.
 

@@ -93,9 +93,9 @@ class ExtendReport:
             f"{_listed(self.attention)} attention experts, {self.new_attention} of them new",
             f"{_listed(self.feed_forward)} feed-forward experts, {self.new_feed_forward} of them "
             "new",
-            f"to be trained: {self.trainable:,} of {self.parameters:,} parameters, the new ones",
-            f"probability of new experts: {sum(self.leak) / len(self.leak):.2%} on average over "
-            "routers,",
+            f"trainable: {self.trainable:,} of {self.parameters:,} parameters, the new ones",
+            "probability of new experts at the start: "
+            f"{sum(self.leak) / len(self.leak):.2%} on average over routers,",
             f"{self.worst_leak:.2%} for the worst token ({self.measured_on})",
         ]
         return "\n".join(lines)
