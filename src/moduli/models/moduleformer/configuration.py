@@ -19,7 +19,7 @@ from moduli.models.registration import register_moduleformer
 class ModuleFormerConfig(PreTrainedConfig):
     """How a ModuleFormer is built. Fields of published files that mean nothing here are kept.
 
-    Args:
+    Attributes:
         vocab_size: entries of the embedding.
         n_embd: width of the model.
         att_hidden: width of the keys and values, and of each attention expert's queries.

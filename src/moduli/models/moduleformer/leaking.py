@@ -123,7 +123,8 @@ def closing_rows(
         model: a ModuleFormer with "mlp" or "linear" gates, before it grows.
         added: number of new experts by kind.
         leak: mean share of probability that they may take.
-        batches, generator: as of `leaks`.
+        batches: keyword arguments of its forward; None: random vectors in front of each router.
+        generator: of random vectors.
 
     Raises:
         ConfigError: there are none, since hidden vectors have too little in common.
