@@ -3,7 +3,8 @@
 attention   the function, chosen by device
 reference   the formula, all weights at once
 blocked     tiles, forward and backward; `tiles`, `native` and `scan.cpp` compute one of them
-triton      the same on CUDA
+single      one query per sequence, as in decoding: one pass, in `scan.cpp`
+triton      tiles on CUDA
 ops         both as one operator for autograd and compile
 sight       which keys a query sees
 """

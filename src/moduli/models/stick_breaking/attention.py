@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from moduli.errors import ConfigError, UnknownNameError, nearest
-from moduli.models.stick_breaking import ops, reference, triton
+from moduli.models.stick_breaking import ops, reference, single, triton
 from moduli.models.stick_breaking.sight import Sight, check
 
 Backend = Literal["auto", "reference", "blocked", "triton"]
@@ -68,9 +68,11 @@ def stick_breaking_attention(
     check(query, key, value, key_mask, segments, early_exit)
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     name = _chosen(query, key, value, backend)
+    sight = Sight(query.shape[2], key.shape[2], attend_current, key_mask, segments)
     if name == "reference":
-        sight = Sight(query.shape[2], key.shape[2], attend_current, key_mask, segments)
         out, rest = reference.attention(query, key, value, sight, scale)
+    elif name == "blocked" and single.takes(query, key, value):
+        out, rest = single.forward(query, key, value, sight, scale, early_exit or 0.0)
     else:
         out, rest = ops.run(
             query, key, value, key_mask, segments, scale, attend_current, early_exit or 0.0, name

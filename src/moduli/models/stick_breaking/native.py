@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_int, c_int64, c_void_p
+from ctypes import CDLL, POINTER, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +28,9 @@ def library() -> CDLL | None:
     sizes = (c_int64, c_int64, c_int64, c_int)
     found.moduli_stick_spend.argtypes = (c_void_p, c_void_p, *sizes)
     found.moduli_stick_differentiate.argtypes = (c_void_p,) * 4 + sizes
+    found.moduli_stick_decode.argtypes = (
+        *(c_void_p,) * 6, POINTER(c_int64), c_float, c_float, c_int, c_int,
+    )  # fmt: skip
     return found
 
 
