@@ -24,10 +24,13 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 
 import moduli
+from moduli.methods.thor.passes import start_step
 from moduli.models.moduleformer import ModuleFormerConfig, ModuleFormerForCausalLM
 from moduli.parallel import GatingDropout, expert_parallel_plan, gating_dropout, spread_experts
 from tests import families, tiny
@@ -234,6 +237,49 @@ def continue_from(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     return {}
 
 
+def copies() -> Any:
+    """Stochastic experts (THOR) that differ, in training mode."""
+    model = families.build("llama")
+    moduli.convert(model, moduli.THOR(num_experts=EXPERTS, layers="all"))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.train()
+
+
+def steps_of_copies(
+    model: nn.Module, ids: Tensor, ranks: int | None
+) -> dict[str, dict[str, Tensor]]:
+    """Gradients of a step by configuration, under data parallelism where ranks are real."""
+    found = {}
+    for name in ("exchange", "paper", "gate_expert_drop"):
+        attached = gating_dropout(model, CONFIGS[name], ranks=ranks)
+        attached.set_step(0)
+        start_step(model, 0)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found[name] = {n.removeprefix("module."): g for n, g in gradients(model).items()}
+        attached.remove()
+    return found
+
+
+def stochastic(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """Copies that every rank holds: gradients, and what is said where they are sharded."""
+    torch.manual_seed(rank)
+    model = DistributedDataParallel(copies(), find_unused_parameters=True)
+    found = steps_of_copies(model, tokens().chunk(ranks)[rank], None)
+    save_file(
+        {f"{name}.{key}": grad for name, grads in found.items() for key, grad in grads.items()},
+        folder / f"{rank}.safetensors",
+    )
+    sharded = copies()
+    attached = gating_dropout(sharded, CONFIGS["paper"])
+    fully_shard(sharded)
+    return {"sharded": error_of(lambda: attached.set_step(0))}
+
+
 def mesh_of(ranks: int) -> tuple[Any, Any]:
     """Ranks that share experts, and ranks that share a batch, which is each by itself."""
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
@@ -287,6 +333,7 @@ def main(folder: Path, ranks: int, full: bool) -> None:
     torch.set_num_threads(1)
     start(folder / "saved", ranks, compute, MODELS if full else FAST)
     start(folder / "agree", ranks, agree)
+    start(folder / "copies", ranks, stochastic)
     for where in ("forward", "backward", "late") if full else ("backward",):
         start(folder / where, ranks, die, where)
     if full:

@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 
 import moduli
 from moduli.parallel import GatingDropout
-from tests.parallel.gating_ranks import CONFIGS, MODELS, build, in_one_process, tokens
+from tests.parallel.gating_ranks import (
+    CONFIGS,
+    MODELS,
+    build,
+    copies,
+    in_one_process,
+    steps_of_copies,
+    tokens,
+)
 
 ROOT = Path(__file__).parents[2]
 # One exchange is: how many rows, the rows, the results; and the last two again backwards.
@@ -86,6 +94,21 @@ def test_real_ranks_compute_what_virtual_ones_do(
                 near = 1e-5 * float(grad.abs().max()) + 1e-7 * largest
                 difference = (seen[path] - grad / ranks).abs().max()
                 assert float(difference) <= near, f"{key} {path}"
+
+
+def test_copies_that_every_rank_holds_learn_as_on_virtual_ranks(folder: Path, ranks: int) -> None:
+    expected = {
+        f"{name}.{key}": grad
+        for name, grads in steps_of_copies(copies(), tokens(), ranks).items()
+        for key, grad in grads.items()
+    }
+    assert len({key.split(".")[0] for key in expected}) == 3
+    for rank in range(ranks):
+        assert "its copies are sharded" in said(folder / "copies", rank)["sharded"]
+        found = load_file(folder / "copies" / f"{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        for key, grad in expected.items():
+            torch.testing.assert_close(found[key], grad, rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_a_step_that_drops_sends_nothing(folder: Path, tensors: Any) -> None:

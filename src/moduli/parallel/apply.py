@@ -1,7 +1,7 @@
 """Gating dropout on a model: the verb, and what it hands back.
 
 attached = gating_dropout(model, GatingDropout(p=0.3), ranks=4)    # virtual ranks, one process
-attached = gating_dropout(model, GatingDropout(p=0.3))             # after spread_experts
+attached = gating_dropout(model, GatingDropout(p=0.3))             # real ranks
 
 Trainer(..., callbacks=[attached.callback()])                      # or, in an own loop,
 attached.set_step(step)                                            # before every optimiser step
@@ -19,8 +19,10 @@ from moduli.parallel.agreement import from_rank_0, is_distributed, require_agree
 from moduli.parallel.decisions import GatingDropout
 from moduli.parallel.expert_parallel import expert_modules, require_divisible
 from moduli.parallel.layer import GatedLayer
+from moduli.parallel.stochastic import StochasticLayer, require_whole, stochastic_layers
 
 _MARK = "_moduli_gating_dropout"
+Layer = GatedLayer | StochasticLayer
 
 
 class AttachedGatingDropout:
@@ -32,9 +34,7 @@ class AttachedGatingDropout:
         step: the optimiser step, from 0; None before the first `set_step`.
     """
 
-    def __init__(
-        self, config: GatingDropout, layers: list[GatedLayer], device: torch.device
-    ) -> None:
+    def __init__(self, config: GatingDropout, layers: list[Layer], device: torch.device) -> None:
         self.config, self.layers = config, layers
         self.step: int | None = None
         self._device = device
@@ -51,6 +51,7 @@ class AttachedGatingDropout:
 
         Raises:
             ConfigError: with `debug`, ranks that are at other steps or have other settings.
+            ModelError: ranks are to use different copies of an FFN (THOR) that is sharded.
         """
         decisions = self.config.decisions(step, len(self.layers))
         if is_distributed():
@@ -60,6 +61,8 @@ class AttachedGatingDropout:
                 decisions = from_rank_0(decisions, self._device)
         self.step = step
         for layer, dropped in zip(self.layers, decisions, strict=True):
+            if dropped and isinstance(layer, StochasticLayer):
+                require_whole(layer)
             layer.dropped = dropped
 
     @property
@@ -78,6 +81,8 @@ class AttachedGatingDropout:
         """Let the model route as usual again."""
         for layer in self.layers:
             layer.remove()
+            if isinstance(layer, StochasticLayer):
+                continue
             delattr(layer.experts, _MARK)
             exchange = _exchange_of(layer.experts)
             if exchange is not None:
@@ -92,43 +97,51 @@ def gating_dropout(
     Args:
         model: with owned experts, converted or stock. Spread over real ranks by
             "gating_dropout" (`spread_experts`, or `DistributedConfig(ep_implementation=...)`), or
-            whole in one process.
+            whole in one process. Stochastic experts (THOR) are whole in every process.
         config: see `GatingDropout`.
         ranks: number of virtual ranks of a model that is whole: its experts are cut into so many
-            blocks, and the rows of a batch into as many groups.
+            blocks, and the rows of a batch into as many groups. None: real ranks.
 
     Raises:
         ConfigError: experts cannot be divided among the ranks, or ranks have other settings.
         ModelError: borrowed experts, no experts, another expert parallelism, gating dropout
             twice, or a router that the policy cannot use.
     """
-    found = expert_modules(model)
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"ranks is {ranks}; expected 1 or more")
+    found, copies = expert_modules(model), stochastic_layers(model, config, ranks)
+    if not found and not copies:
+        raise ModelError(f"this {type(model).__name__} has no experts of their own")
+    taken = [name for name, experts in found.items() if hasattr(experts, _MARK)]
+    taken += [layer.name for layer in copies if layer.taken]
+    if taken:
+        raise ModelError(
+            f"{taken[0]}: gating dropout is on this model already; call remove() on what "
+            "gating_dropout returned"
+        )
     sites = []
     for name, experts in found.items():
-        if hasattr(experts, _MARK):
-            raise ModelError(
-                f"{name}: gating dropout is on this model already; call remove() on what "
-                "gating_dropout returned"
-            )
         exchange = _exchange_of(experts)
         sites.append((name, experts, exchange, *_ranks_of(name, experts, exchange, ranks)))
-    layers: list[GatedLayer] = []
+    gated: list[GatedLayer] = []
     try:
         for name, experts, exchange, count, rank in sites:
             owner = model.get_submodule(name.rpartition(".")[0])
             total: Any = experts.num_experts
             total = total if exchange is None else total * count
-            layers.append(GatedLayer(name, experts, owner, config, total, count, rank))
+            gated.append(GatedLayer(name, experts, owner, config, total, count, rank))
         device = next(model.parameters()).device
-        attached = AttachedGatingDropout(config, layers, device)
+        attached = AttachedGatingDropout(config, [*gated, *copies], device)
     except Exception:
-        for layer in layers:
+        for layer in gated:
             layer.remove()
         raise
-    for layer, (name, experts, exchange, *_) in zip(layers, sites, strict=True):
+    for layer, (name, experts, exchange, *_) in zip(gated, sites, strict=True):
         setattr(experts, _MARK, layer)
         if exchange is not None:
             exchange.gate, exchange.layer = layer, name
+    for other in copies:
+        other.attach()
     return attached
 
 
@@ -151,9 +164,7 @@ def _ranks_of(name: str, experts: Any, exchange: Any, ranks: int | None) -> tupl
             "the experts are all in this process; say among how many virtual ranks to divide them "
             "(ranks=4), or spread them first (moduli.parallel.spread_experts)"
         )
-    if ranks < 1:
-        raise ConfigError(f"ranks is {ranks}; expected 1 or more")
-    require_divisible(name, experts, ranks)
+    require_divisible(name, experts.num_experts, ranks)
     return ranks, None
 
 

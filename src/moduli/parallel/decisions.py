@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moduli.errors import ConfigError, UnknownNameError, nearest
+from moduli.errors import ConfigError, ModelError, UnknownNameError, nearest
 
 Mode = Literal["gate_drop", "gate_expert_drop"]
 Scope = Literal["step", "layer"]
@@ -100,3 +100,21 @@ class GatingDropout:
         """A number that is the same on two ranks if their settings are, and `more` of them."""
         text = repr((astuple(self), more)).encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+
+def decided(name: str, dropped: bool | None) -> bool:
+    """Whether a layer in training drops.
+
+    Args:
+        name: of the layer.
+        dropped: what was said of the current step; None before the first.
+
+    Raises:
+        ModelError: nobody has said which step it is.
+    """
+    if dropped is None:
+        raise ModelError(
+            f"{name}: gating dropout does not know the step; call set_step(step) before "
+            "every optimiser step, or give the Trainer callbacks=[attached.callback()]"
+        )
+    return dropped

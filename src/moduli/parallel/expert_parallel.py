@@ -26,7 +26,7 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The experts of every mixture layer by name: upcycled or stock, on transformers' contract.
 
     Raises:
-        ModelError: an expert is a group of neurons of a dense FFN, or there is none.
+        ModelError: an expert is a group of neurons of a dense FFN.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -38,11 +38,20 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
             )
         if name.rpartition(".")[2] == "experts" and _on_contract(module):
             found[name] = module
+    return found
+
+
+def spreadable_experts(model: nn.Module) -> dict[str, Any]:
+    """The same, of a model that has some.
+
+    Raises:
+        ModelError: an expert is a group of neurons of a dense FFN, or there are none.
+    """
+    found = expert_modules(model)
     if not found and stochastic_projections(model):
         raise ModelError(
             f"the experts of this {type(model).__name__} are named for the whole batch by a plan "
-            "(THOR), so that no token goes to another rank and there is no gate to drop; train it "
-            "data-parallel"
+            "(THOR), so that no token would go to another rank; train it data-parallel"
         )
     if not found:
         raise ModelError(f"this {type(model).__name__} has no experts of their own")
@@ -66,7 +75,7 @@ def expert_parallel_plan(model: nn.Module) -> dict[str, str]:
             dense model (tensor parallelism, FSDP).
     """
     plan: dict[str, str] = {}
-    for name, experts in expert_modules(model).items():
+    for name, experts in spreadable_experts(model).items():
         # In this order: the dispatch looks at how many experts were left on the rank.
         plan |= {f"{name}.{key}": "grouped_gemm" for key, _ in experts.named_parameters()}
         plan[name] = "ep_dispatch_experts"
@@ -116,8 +125,8 @@ def spread_experts(
     ranks = ranks or world
     if world % ranks:
         raise ConfigError(f"ranks is {ranks}, which does not divide {world} processes")
-    for name, experts in expert_modules(model).items():
-        require_divisible(name, experts, ranks)
+    for name, experts in spreadable_experts(model).items():
+        require_divisible(name, experts.num_experts, ranks)
     wild = {
         replace_layer_number_by_wildcard(name): style
         for name, style in expert_parallel_plan(model).items()
@@ -130,13 +139,12 @@ def spread_experts(
     type(model).maybe_distribute_model(model, settings, manager)
 
 
-def require_divisible(name: str, experts: Any, ranks: int) -> None:
-    """Raise unless experts can be spread evenly.
+def require_divisible(name: str, count: int, ranks: int) -> None:
+    """Raise unless `count` experts can be spread evenly.
 
     Raises:
         ConfigError: they cannot.
     """
-    count = experts.num_experts
     if count % ranks:
         fitting = [r for r in range(1, count + 1) if count % r == 0]
         why = "more ranks than experts" if ranks > count else "not evenly divisible"

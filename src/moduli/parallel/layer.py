@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
-from moduli.parallel.decisions import GatingDropout
+from moduli.parallel.decisions import GatingDropout, decided
 from moduli.parallel.expert_parallel import CONTRACT
 from moduli.parallel.local import (
     Part,
@@ -86,14 +86,7 @@ class GatedLayer:
         Raises:
             ModelError: training, and nobody has said which step it is.
         """
-        if not self.experts.training:
-            return False
-        if self.dropped is None:
-            raise ModelError(
-                f"{self.name}: gating dropout does not know the step; call set_step(step) before "
-                "every optimiser step, or give the Trainer callbacks=[attached.callback()]"
-            )
-        return self.dropped
+        return self.experts.training and decided(self.name, self.dropped)
 
     @property
     def computes_nothing(self) -> bool:

@@ -13,7 +13,7 @@ neurons, N experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -25,10 +25,13 @@ from moduli.surgery.locate import FFN
 from moduli.surgery.owned import require_copyable
 from moduli.surgery.projection import base_of, bias_of, is_sharded, is_stock, shape_of, weight_of
 
-Choice = int | tuple[int, ...] | Int[Tensor, " T"] | Literal["each", "mean"]
+Choice = int | tuple[int, ...] | Int[Tensor, " T"] | Literal["each", "mean", "none"]
 """Experts of one call of an FFN: one for all of it; one for each of several equal parts of the
-batch; one for each token; every one, of whose outputs the mean is taken; or one whose weights are
-the mean of all."""
+batch; one for each token; every one, of whose outputs the mean is taken; one whose weights are the
+mean of all; or none, so that the FFN gives 0."""
+
+Limit = Callable[[Choice, torch.Size], Choice]
+"""What becomes of the chooser's choice in training; also given the input's leading dimensions."""
 
 
 class Chooser:
@@ -63,6 +66,9 @@ class StochasticProjection(nn.Module):
         shared: names the experts.
         layer: place of the FFN among those with experts.
         last: whether it is the FFN's last projection.
+
+    Attributes:
+        limit: of the choice in training; None: what the chooser says.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class StochasticProjection(nn.Module):
         self.shared = shared
         self.layer = layer
         self.last = last
+        self.limit: Limit | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -101,6 +108,8 @@ class StochasticProjection(nn.Module):
             return self._by_token(x, choice)
         if choice == "mean":
             return self._mean(x)
+        if choice == "none":
+            return x.new_zeros(*x.shape[:-1], self.out_features)
         if not self.last:
             return torch.cat([expert(x) for expert in self.experts])
         parts = x.chunk(len(self.experts))
@@ -110,7 +119,8 @@ class StochasticProjection(nn.Module):
     def _choice(self, lead: torch.Size) -> Choice:
         if self.shared.dense:
             return "mean"
-        return self.shared.choose(self.layer, lead, self.training)
+        choice = self.shared.choose(self.layer, lead, self.training)
+        return self.limit(choice, lead) if self.limit and self.training else choice
 
     def _in_parts(self, x: Tensor, choice: tuple[int, ...]) -> Tensor:
         if len(set(choice)) == 1:
