@@ -11,7 +11,6 @@ of a search with every learning rate.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -19,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # this file is run as a script
+
+from benchmarks.shared.tables import check_option, write_places  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "emoe"
 PAGES = ("README.md", "docs/methods/emoe.md", "docs/evidence.md")
 PLACE = re.compile(r"(<!-- emoe:([\w-]+)( short| tried)? -->\n).*?(<!-- /emoe -->)", re.DOTALL)
@@ -26,23 +29,8 @@ PLACE = re.compile(r"(<!-- emoe:([\w-]+)( short| tried)? -->\n).*?(<!-- /emoe --
 
 def main() -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    stale = []
-    for page in (ROOT / name for name in PAGES):
-        old = page.read_text(encoding="utf-8")
-        new = filled(old)
-        if new != old:
-            stale.append(str(page.relative_to(ROOT)))
-            if not check:
-                page.write_text(new, encoding="utf-8")
-    if check and stale:
-        sys.stderr.write(
-            f"not up to date: {', '.join(stale)}; run python benchmarks/emoe/tables.py\n"
-        )
-        return 1
-    return 0
+    check = check_option(__doc__.splitlines()[0]).parse_args().check
+    return write_places(PAGES, filled, check=check, command="python benchmarks/emoe/tables.py")
 
 
 def filled(text: str) -> str:

@@ -9,7 +9,6 @@ records in benchmarks/results/moduleformer/CLAIM/, which study.py writes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -18,9 +17,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moduli.study.statistics import paired_difference, summarise
-
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # this file is run as a script
+
+from benchmarks.shared.tables import (  # noqa: E402
+    average,
+    check_option,
+    difference,
+    lines_of,
+    spread,
+    write_places,
+)
+
 RESULTS = ROOT / "benchmarks" / "results" / "moduleformer"
 PAGES = ("docs/methods/moduleformer.md",)
 PLACE = re.compile(r"(<!-- moduleformer:([\w-]+) -->\n).*?(<!-- /moduleformer -->)", re.DOTALL)
@@ -31,28 +39,15 @@ Records = dict[str, dict[int, dict[str, Any]]]
 
 def main() -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
+    parser = check_option(__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=RESULTS, help="print the tables of these")
     args = parser.parse_args()
     if args.root != RESULTS:
         for claim in TABLES:
             print(markdown(claim, args.root))
         return 0
-    stale = []
-    for page in (ROOT / name for name in PAGES):
-        old = page.read_text(encoding="utf-8")
-        new = filled(old)
-        if new != old:
-            stale.append(str(page.relative_to(ROOT)))
-            if not args.check:
-                page.write_text(new, encoding="utf-8")
-    if args.check and stale:
-        sys.stderr.write(
-            f"not up to date: {', '.join(stale)}; run python benchmarks/moduleformer/tables.py\n"
-        )
-        return 1
-    return 0
+    command = "python benchmarks/moduleformer/tables.py"
+    return write_places(PAGES, filled, check=args.check, command=command)
 
 
 def filled(text: str) -> str:
@@ -67,12 +62,10 @@ def markdown(claim: str, root: Path) -> str:
     if not found:
         return f"No run is finished yet; {command} does them.\n"
     rows, note = TABLES[claim](found, root)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, f"|---|{'--:|' * (len(rows[0]) - 1)}")
     seeds = max(map(len, found.values()))
     ends = "One seed" if seeds == 1 else f"Mean ± standard deviation over {seeds} seeds"
     ends += ", paired difference with its 95 % interval" if seeds > 1 else ""
-    return "\n".join([*lines, "", f"{note} {ends}. {command}", ""])
+    return "\n".join([*lines_of(rows), "", f"{note} {ends}. {command}", ""])
 
 
 def read(directory: Path) -> Records:
@@ -110,7 +103,7 @@ def efficiency(found: Records, root: Path) -> tuple[list[list[str]], str]:
                 *times,
             ]
         )
-    nearest = min(others, key=lambda name: abs(_mean(bits[name]) - _mean(bits[first])))
+    nearest = min(others, key=lambda name: abs(average(bits[name]) - average(bits[first])))
     return rows, (
         f"Of the dense models the one whose loss is nearest to that of the {first} is: {nearest}. "
         "Active: parameters of the blocks that a token uses. Training and reading: tokens per "
@@ -186,7 +179,7 @@ def specialisation(found: Records, root: Path) -> tuple[list[list[str]], str]:
     ]  # fmt: skip
     for label, runs in found.items():
         for keep in keeps:
-            dropped = _mean({s: record["kept"][keep]["dropped"] for s, record in runs.items()})
+            dropped = average({s: record["kept"][keep]["dropped"] for s, record in runs.items()})
             against = "" if label == first else difference(bits(label, keep), bits(first, keep))
             rows.append(
                 [
@@ -226,33 +219,6 @@ def change(record: Mapping[str, Any], new: str) -> tuple[float, float, float]:
         level,
         after[old]["bits_per_byte"] - before[old]["bits_per_byte"],
     )
-
-
-def spread(values: Mapping[int, float], *, signed: bool = False) -> str:
-    """A mean with its standard deviation, if there is one."""
-    summary = summarise(values)
-    mean = number(summary.mean, signed=signed)
-    return mean if summary.sd is None else f"{mean} ± {summary.sd:.3f}"
-
-
-def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> str:
-    """A paired difference with its interval."""
-    found = paired_difference(values, baseline)
-    if found is None:
-        return ""
-    mean = number(found.mean, signed=True)
-    if found.interval is None:
-        return mean
-    return f"{mean} ({' to '.join(number(end, signed=True) for end in found.interval)})"
-
-
-def number(value: float, *, signed: bool = False) -> str:
-    """Three decimals, and a real minus sign."""
-    return f"{value:+.3f}".replace("-", "−") if signed else f"{value:.3f}"
-
-
-def _mean(values: Mapping[int, float]) -> float:
-    return math.fsum(values.values()) / len(values)
 
 
 def _arms(claim: str) -> dict[str, Any]:
