@@ -32,7 +32,14 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 import moduli
 from moduli.methods.thor.passes import start_step
 from moduli.models.moduleformer import ModuleFormerConfig, ModuleFormerForCausalLM
-from moduli.parallel import GatingDropout, expert_parallel_plan, gating_dropout, spread_experts
+from moduli.parallel import (
+    GatingDropout,
+    expert_parallel_plan,
+    gating_dropout,
+    load_optimizer,
+    save_optimizer,
+    spread_experts,
+)
 from tests import families, tiny
 
 ROWS, LENGTH, EXPERTS = 4, 5, 4
@@ -46,6 +53,7 @@ CONFIGS = {
     "gate_expert_drop": GatingDropout(p=1.0, mode="gate_expert_drop"),
 }
 TIMEOUT = 5.0
+RESUMED, DROPS = 1, [True, True, False, False]  # a seed, and what it decides
 
 
 def build(family: str) -> Any:
@@ -220,6 +228,31 @@ def die(rank: int, ranks: int, folder: Path, where: str) -> None:
     loss.backward()
 
 
+def resume(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """A run of four steps, and one that stops after two; the first steps train no expert."""
+    config = GatingDropout(p=0.5, mode="gate_expert_drop", seed=RESUMED)
+    assert [each for step in range(4) for each in config.decisions(step, 1)] == DROPS
+    ends = []
+    for first in (0, 2):
+        model = build("llama") if first == 0 else moduli.load(folder / "half").train()
+        spread_experts(model)
+        attached = gating_dropout(model, config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if first:
+            load_optimizer(model, optimizer, folder / "half.safetensors")
+        for step in range(first, 4):
+            if step == 2 and not first:
+                model.save_pretrained(folder / "half")
+                save_optimizer(model, optimizer, folder / "half.safetensors")
+            attached.set_step(step)
+            ids = tokens().roll(step, 1).chunk(ranks)[rank]
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append({n: p.full_tensor() for n, p in model.named_parameters()})
+    return {"differ": [n for n, end in ends[0].items() if not torch.equal(end, ends[1][n])]}
+
+
 def continue_from(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     """Load what 2 ranks have saved, on any number of them."""
     from transformers import DistributedConfig, MixtralForCausalLM
@@ -334,6 +367,7 @@ def main(folder: Path, ranks: int, full: bool) -> None:
     start(folder / "saved", ranks, compute, MODELS if full else FAST)
     start(folder / "agree", ranks, agree)
     start(folder / "copies", ranks, stochastic)
+    start(folder / "resumed", ranks, resume)
     for where in ("forward", "backward", "late") if full else ("backward",):
         start(folder / where, ranks, die, where)
     if full:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import moduli
-from moduli.parallel import GatingDropout
+from moduli.parallel import GatingDropout, load_optimizer
 from tests.parallel.gating_ranks import (
     CONFIGS,
     MODELS,
@@ -109,6 +109,22 @@ def test_copies_that_every_rank_holds_learn_as_on_virtual_ranks(folder: Path, ra
         assert found.keys() == expected.keys()
         for key, grad in expected.items():
             torch.testing.assert_close(found[key], grad, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_run_resumes_with_its_optimiser(folder: Path, ranks: int) -> None:
+    for rank in range(ranks):
+        assert said(folder / "resumed", rank) == {"differ": []}
+    model = moduli.load(folder / "resumed" / "half")  # in one process as well
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    load_optimizer(model, optimizer, folder / "resumed" / "half.safetensors")
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter)
+        sublayer = "mlp" in name or "post_attention" in name  # of which both steps had nothing
+        assert (state is None) == sublayer, name
+        if state is not None:
+            assert state["step"] == 2
+            assert state["exp_avg_sq"].shape == parameter.shape
 
 
 def test_a_step_that_drops_sends_nothing(folder: Path, tensors: Any) -> None:

@@ -11,12 +11,15 @@ from moduli.on_import import on_import
 from moduli.parallel.apply import AttachedGatingDropout, gating_dropout
 from moduli.parallel.decisions import GatingDropout
 from moduli.parallel.expert_parallel import expert_parallel_plan, spread_experts
+from moduli.parallel.optimizer import load_optimizer, save_optimizer
 
 __all__ = [
     "AttachedGatingDropout",
     "GatingDropout",
     "expert_parallel_plan",
     "gating_dropout",
+    "load_optimizer",
+    "save_optimizer",
     "spread_experts",
 ]
 
