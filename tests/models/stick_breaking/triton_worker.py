@@ -26,7 +26,13 @@ SHAPES = {
     "group with a cache": (2, 4, 2, 37, 90, 16, 40),
     "decoding": (2, 3, 1, 1, 100, 16, 16),
     "one": (1, 1, 1, 1, 1, 8, 8),
+    "parts of rows": (1, 2, 1, 37, 50, 300, 140),
+    "keys of one part": (2, 1, 1, 20, 33, 16, 200),
+    "MoLM": (1, 2, 1, 12, 40, 1024, 1024),
 }
+
+# Type, generation, width of a part and number of parts.
+AHEAD = (("bf16", 90, 128, 1), ("bf16", 80, 128, 8), ("fp32", 80, 64, 1), ("fp32", 90, 128, 8))
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -97,8 +103,9 @@ def compile_ahead() -> None:
     for name in ("forward", "query_gradient", "key_gradient"):
         kernel = getattr(triton_device, name)
         for without in (("mask", "segments", *(["kept"] if name == "forward" else [])), ()):
-            for dtype, capability, width in (("bf16", 90, 128), ("fp32", 80, 64)):
-                fixed = {"QUERIES": 64, "KEYS": 32, "WIDTH": width, "VALUES": width, "CURRENT": 1}
+            for dtype, capability, width, parts in AHEAD:
+                fixed = {"QUERIES": 64, "KEYS": 32, "WIDTH": width, "VALUES": width}
+                fixed |= {"CURRENT": 1, "PARTS": parts}
                 constants = dict.fromkeys(without) | fixed
                 signature = {
                     n: "constexpr"

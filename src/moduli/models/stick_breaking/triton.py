@@ -4,7 +4,8 @@ The walk is that of `blocked`, a tile of queries to a program. Backward takes tw
 walks over the keys for every tile of queries, leaving its running sums at the edges of tiles, and
 one goes over the queries for every tile of keys, starting from those sums. Every number has one
 writer, so the same operands give the same bits. What is kept for backward is S / 32
-numbers per query. Tiles are of a fixed size: nobody has tuned them.
+numbers per query. Rows wider than a program holds are cut into parts with a program each, all of
+which form the logits again. Tiles are of a fixed size: nobody has tuned them.
 
 The device code is in `triton_device`. Letters: R rows of keys, G queries per key and time, T times,
 S keys, D width of keys, Dv width of values.
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from moduli.models.stick_breaking.sight import Sight
 
-WIDEST = 256  # of a row that a program can hold
+WIDEST = 128  # part of a row that a program holds
 LEAST = 1e-30  # less of a stick is taken for none
-KEYS = 32  # of a tile
+QUERIES, KEYS = 64, 32  # of a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,8 +45,6 @@ def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if query.dtype not in DTYPES or len(set(dtypes)) > 1:
         said = ", ".join(str(d) for d in dtypes)
         return f"it takes one dtype of float32, float16 and bfloat16, and these are {said}"
-    if max(query.shape[3], value.shape[3]) > WIDEST:
-        return f"rows are wider than {WIDEST}"
     return None
 
 
@@ -77,7 +76,7 @@ def forward(
     rest = query.new_empty(R, G, T, dtype=torch.float32)
     tile = _tile(query, value)
     _launch(
-        "forward", (-(-G * T // tile["QUERIES"]), R),
+        "forward", (-(-G * T // tile["QUERIES"]) * R, tile["PARTS"]),
         query.contiguous(), key, value, *_seen(sight), out, rest, kept,
         *_sizes(query, key, value), scale, math.log(max(least, LEAST)),
         CURRENT=int(sight.attend_current), **tile,
@@ -105,12 +104,12 @@ def backward(
     shared = (*_sizes(query, key, value), scale)
     constants = {"CURRENT": int(sight.attend_current), **tile}
     _launch(
-        "query_gradient", (-(-G * T // tile["QUERIES"]), R),
+        "query_gradient", (-(-G * T // tile["QUERIES"]) * R, tile["PARTS"]),
         query, key, value, *_seen(sight), dout, rest.contiguous(), drest.contiguous(), kept,
         before, dquery, *shared, **constants,
     )  # fmt: skip
     _launch(
-        "key_gradient", (-(-sight.keys // KEYS), R),
+        "key_gradient", (-(-sight.keys // KEYS) * R, tile["PARTS"]),
         query, key, value, *_seen(sight), dout, kept, before, dkey, dvalue, *shared, **constants,
     )  # fmt: skip
     return dquery, dkey, dvalue
@@ -130,10 +129,11 @@ def _seen(sight: Sight) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _tile(query: Tensor, value: Tensor) -> dict[str, int]:
-    widths = (max(16, 1 << (w - 1).bit_length()) for w in (query.shape[3], value.shape[2]))
-    width, values = widths
-    queries = 64 if max(width, values) <= 128 else 32
-    return {"QUERIES": queries, "KEYS": KEYS, "WIDTH": width, "VALUES": values}
+    parts = -(-max(query.shape[3], value.shape[2]) // WIDEST)
+    width, values = (
+        max(16, 1 << (-(-w // parts) - 1).bit_length()) for w in (query.shape[3], value.shape[2])
+    )
+    return {"QUERIES": QUERIES, "KEYS": KEYS, "WIDTH": width, "VALUES": values, "PARTS": parts}
 
 
 def _launch(name: str, grid: tuple[int, ...], first: Tensor, *rest: Any, **constants: Any) -> None:
