@@ -235,7 +235,7 @@ def resume(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     ends = []
     for first in (0, 2):
         model = build("llama") if first == 0 else moduli.load(folder / "half").train()
-        spread_experts(model)
+        spread_experts(model, ranks=2)  # of 4 ranks two have the same experts
         attached = gating_dropout(model, config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         if first:
@@ -364,6 +364,7 @@ def start(folder: Path, ranks: int, work: Callable[..., Any], *arguments: Any) -
 
 def main(folder: Path, ranks: int, full: bool) -> None:
     torch.set_num_threads(1)
+    build("llama")  # what that imports is imported once, and not by every rank
     start(folder / "saved", ranks, compute, MODELS if full else FAST)
     start(folder / "agree", ranks, agree)
     start(folder / "copies", ranks, stochastic)
