@@ -10,7 +10,7 @@ from datasets import Dataset
 
 import moduli
 from moduli.data.task import Splits, Task
-from moduli.errors import ConfigError
+from moduli.errors import ConfigError, DataError
 from moduli.methods.dense import Dense
 from moduli.study.plan import Plan, TaskSpec, arm
 from moduli.study.run import execute
@@ -79,6 +79,14 @@ def test_it_is_for_texts_only(tmp_path: Path) -> None:
     (run,) = plan().runs([other])
     with pytest.raises(ConfigError, match="not of classification"):
         execute(run.spec, other, tmp_path / "run")
+
+
+def test_a_language_that_is_tested_but_not_learnt_is_refused_before_training(
+    tmp_path: Path,
+) -> None:
+    (run,) = replace(plan(), sources=(("es",),)).runs([task()])
+    with pytest.raises(DataError, match=r"learn es and be tested in cs as well.*--domains es"):
+        execute(run.spec, task(), tmp_path / "run")
 
 
 def test_pieces_are_learnt_from_the_training_rows_of_the_run_only() -> None:

@@ -34,7 +34,7 @@ from moduli.study.testing import test
 from moduli.study.watching import WINDOWS, Clocks, write_inspection
 from moduli.training.images import scale_images
 from moduli.training.kinds.base import get_kind
-from moduli.training.translator import fresh_translator, size_of
+from moduli.training.translator import fresh_translator, require_learnt, size_of
 
 Stage = Literal[
     "known", "started", "converted", "step", "evaluating", "finished", "failed", "elsewhere"
@@ -157,6 +157,7 @@ def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
 
     Raises:
         CheckpointError: no such model, or its weights are not safetensors.
+        DataError: a translator would be tested in a language that it does not learn.
     """
     import torch
     import transformers
@@ -168,6 +169,8 @@ def load_model(spec: RunSpec, task: Task) -> tuple[Any, Any]:
     transformers.set_seed(spec.seed)
     if (size := size_of(spec.model)) is not None:
         model, processor = fresh_translator(size, kind.name, training_rows(spec, task))
+        parts = ((s.validation, s.test) for s in task.domains.values())
+        require_learnt(processor, [part for pair in parts for part in pair if part is not None])
         return _placed(model), processor
     try:
         processor = kind.load_processor(path)

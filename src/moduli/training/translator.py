@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moduli.errors import ConfigError, UnknownNameError, nearest
+from moduli.data.translation import language_of
+from moduli.errors import ConfigError, DataError, UnknownNameError, nearest
 from moduli.training.settings import FinetuneSettings
 
 PREFIX = "translator:"
@@ -76,6 +77,30 @@ def fresh_translator(size: str, kind: str, rows: Any) -> tuple[Any, Any]:
     tokenizer = train_pieces(list(sources), rows["target"], VOCABULARY)
     build: Any = AutoModelForSeq2SeqLM.from_config
     return build(translator_config(size, tokenizer)), tokenizer
+
+
+def require_learnt(tokenizer: Any, tested: Sequence[Any]) -> None:
+    """See to it, before anything is trained, that all that is tested will have been learnt.
+
+    Args:
+        tokenizer: of `fresh_translator`.
+        tested: tables of rows.
+
+    Raises:
+        DataError: texts are to be translated into a language that no training row has.
+    """
+    from moduli.training.pieces import tags_of
+
+    if not (learnt := tags_of(tokenizer)):
+        return
+    languages = {language_of(source) for rows in tested for source in rows["source"]}
+    if unknown := sorted(language for language in languages - set(learnt) if language):
+        raise DataError(
+            f"The translator would learn {', '.join(learnt)} and be tested in "
+            f"{', '.join(unknown)} as well, for which it has no token. Train on all languages, or "
+            f"leave the others out of the data: domains={tuple(learnt)!r} "
+            f"(--domains {' '.join(learnt)})."
+        )
 
 
 def translator_config(size: str, tokenizer: Any) -> Any:
