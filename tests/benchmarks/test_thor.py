@@ -104,7 +104,9 @@ def test_a_small_study_from_the_runs_to_the_tables(
     assert len(read_records(runs)) == 2
     assert len(list(runs.glob("*/modes.json"))) == 1
     assert run() == before  # nothing is done twice
-    assert (tmp_path / "headline.html").is_file()
+    report = (tmp_path / "headline.html").read_text(encoding="utf-8")
+    assert "trained from random weights on es + cs" in report
+    assert "The seeds vary all first weights" in report
 
     tabled = tables.comparison({"headline": tables.finished(plan, runs)}, runs)[0]
     assert [row[0] for row in tabled[1:]] == plan.labels

@@ -25,6 +25,7 @@ from moduli.study.plan import Unit
 from moduli.study.selection import TRAINING_DOMAIN
 from moduli.study.statistics import PairedDifference
 from moduli.study.table import Cell, Column, Split, Table, tabulate
+from moduli.training.translator import size_of
 
 
 def write_report(
@@ -96,6 +97,7 @@ def render_report(
         label_of=evidence.run_label,
         study=study,
         title=title(study),
+        from_scratch=size_of(study.plan.model) is not None,
         claims=wording.claims(main),
         main=shown,
         others=[
