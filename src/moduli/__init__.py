@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moduli.methods.registry import register
     from moduli.methods.thor.inference import set_inference, thor_report
     from moduli.models.editing import expert_use, extend, prune
+    from moduli.parallel import GatingDropout, gating_dropout
     from moduli.registration import register_experts
     from moduli.surgery.checkpoint import save
     from moduli.surgery.compose import compose
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from moduli.training.auxiliary import auxiliary_loss
 
 _VERBS = {
+    "GatingDropout": "moduli.parallel",
     "auxiliary_loss": "moduli.training.auxiliary",
     "compose": "moduli.surgery.compose",
     "convert": "moduli.methods.api",
@@ -46,6 +48,7 @@ _VERBS = {
     "expert_use": "moduli.models.editing",
     "export": "moduli.surgery.export",
     "extend": "moduli.models.editing",
+    "gating_dropout": "moduli.parallel",
     "inspect_model": "moduli.inspect.inspecting",
     "is_modular": "moduli.surgery.modular",
     "load": "moduli.methods.api",
@@ -62,6 +65,7 @@ _VERBS = {
 
 __all__ = [
     "EMoE",
+    "GatingDropout",
     "ModuliError",
     "__version__",
     "auxiliary_loss",
@@ -71,6 +75,7 @@ __all__ = [
     "expert_use",
     "export",
     "extend",
+    "gating_dropout",
     "inspect_model",
     "is_modular",
     "load",

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+import moduli
 from benchmarks import gating_dropout as benchmark
-from moduli.parallel import GatingDropout
+from moduli.parallel import GatingDropout, gating_dropout
 from tests.docs.test_options import documented, real
 
 
@@ -15,6 +16,12 @@ def test_options_of_the_page_are_those_of_the_class() -> None:
     options = real(GatingDropout)
     del options["p"]  # it has no default
     assert documented(benchmark.PAGE) == options
+
+
+def test_both_names_are_public() -> None:
+    assert moduli.GatingDropout is GatingDropout
+    assert moduli.gating_dropout is gating_dropout
+    assert {"GatingDropout", "gating_dropout"} <= {*moduli.__all__}
 
 
 def test_tables_of_the_page_are_made_from_the_record() -> None:

@@ -214,6 +214,7 @@ def test_a_copy_of_the_model_drops_by_itself() -> None:
 # --- the Trainer ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trainer_keeps_one_decision_per_step_and_resumes_the_sequence(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

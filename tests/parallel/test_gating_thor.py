@@ -38,8 +38,10 @@ def trained(model: Any, config: GatingDropout | None, batch: Any) -> tuple[Any, 
     return out.logits.detach(), gradients(model)
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "passes"),
+    [("bert", 2), ("llama", 1), *(pytest.param("t5", k, marks=pytest.mark.slow) for k in (1, 2))],
+)
 def test_with_one_expert_per_rank_rows_are_those_of_a_dense_model(family: str, passes: int) -> None:
     options = {"alpha": 1.0} if passes == 2 else {"alpha": 0.0}
     model, batch = thor(family, passes=passes, **options), labelled(family)
@@ -88,7 +90,7 @@ def test_ranks_keep_to_their_blocks_and_use_all_of_them() -> None:
     assert {e for _, e in seen} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_what_is_skipped_adds_nothing_and_learns_nothing(family: str) -> None:
     model, batch = thor(family), labelled(family)
     logits, found = trained(model, NOTHING, batch)
