@@ -29,6 +29,7 @@ from moduli.surgery.checkpoint import own_tensors
 from moduli.surgery.modular import routed_layers
 from moduli.surgery.owned import OwnedExperts
 from moduli.surgery.projection import base_of, is_conv1d, is_linear
+from moduli.surgery.stochastic import stochastic_projections
 from tests import families
 
 # Of these every method takes the settings that it has.
@@ -102,7 +103,8 @@ def round_trip(case: Case) -> None:
     before, settings = digests(model), model.config.to_dict()
     moduli.convert(model, config(case.method), batch=case.batch)
     assert moduli.is_modular(model)
-    assert len(routed_layers(model)) == families.ffn_count(case.family)
+    copied = [module for module in stochastic_projections(model).values() if module.last]
+    assert len(routed_layers(model)) + len(copied) == families.ffn_count(case.family)
     moduli.merge(model)
     assert digests(model) == before, "tensors differ after conversion and merging"
     assert model.config.to_dict() == settings, "the config differs"
@@ -136,7 +138,7 @@ def names(case: Case) -> None:
     ours = case.folder / "ours"
     (ours / "moduli.safetensors").unlink(missing_ok=True)
     assert stored_names(ours) == dense, "the ordinary part has other names"
-    if not owned(model):
+    if not owned(model) and not stochastic_projections(model):
         model.save_pretrained(case.folder / "bare")
         bare = stored_names(case.folder / "bare")
         assert dense <= bare, f"save_pretrained lacks {sorted(dense - bare)}"
@@ -144,22 +146,26 @@ def names(case: Case) -> None:
 
 
 def lora(case: Case) -> None:
-    """LoRA learns: on the FFN of a split model; in and beside experts of their own."""
+    """LoRA learns: on the FFN of a split model; in and beside experts of their own; on copies."""
     from peft import LoraConfig, get_peft_model
 
     model = case.converted()
-    banks = owned(model)
-    targets = (
-        [name for name, m in model.named_modules() if ATTENTION.search(name) and is_linear(m)]
-        if banks
-        else [f"{ffn.name}.{path}" for ffn in find_layers(model) for path in ffn.projections]
-    )
+    banks, copied = owned(model), stochastic_projections(model)
+    if banks:
+        named = model.named_modules()
+        targets = [name for name, m in named if ATTENTION.search(name) and is_linear(m)]
+    elif copied:
+        targets = [
+            f"{name}.experts.{e}" for name, m in copied.items() for e in range(len(m.experts))
+        ]
+    else:
+        targets = [f"{ffn.name}.{path}" for ffn in find_layers(model) for path in ffn.projections]
     assert targets, "no projection to put an adapter on"
     transposed = is_conv1d(base_of(model.get_submodule(targets[0])))
     adapted = get_peft_model(
         model,
         LoraConfig(r=2, target_modules=targets, fan_in_fan_out=transposed, init_lora_weights=False),
-    ).train()
+    ).train(not copied)  # a training pass draws one copy; evaluation takes the mean of all
     for bank in banks:
         bank.experts.requires_grad_(True)
     families.outputs(adapted, case.batch).square().mean().backward()
@@ -217,7 +223,8 @@ def compiled(case: Case) -> None:
 
 
 def generate(case: Case) -> None:
-    """Tokens do not depend on the cache; with every expert they are the dense model's."""
+    """Tokens do not depend on the cache; with every expert they are the dense model's, and with
+    copies that are still equal."""
     if case.family not in families.GENERATIVE:
         raise NotApplicableError("it does not generate")
     prompt = prompts(case.family)
@@ -231,7 +238,9 @@ def generate(case: Case) -> None:
         torch.manual_seed(0)
         assert tokens(model, prompt, **search).shape == stock.shape
     layers = routed_layers(model).values()
-    if all(layer.router.rule.combine == "one" for layer in layers):
+    if stochastic_projections(model):
+        assert torch.equal(greedy, stock), "with equal copies tokens differ"
+    elif all(layer.router.rule.combine == "one" for layer in layers):
         moduli.set_top_k(model, min(layer.num_experts for layer in layers))
         assert torch.equal(tokens(model, prompt), stock), "with every expert tokens differ"
 
@@ -311,13 +320,16 @@ def find_layers(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def perturb(model: nn.Module) -> None:
-    """Move every parameter of the routed layers, as training does."""
+    """Move every parameter of the layers with experts, as training does."""
     for layer in routed_layers(model).values():
         dense = () if isinstance(layer, OwnedExperts) else layer.ffn.projections.values()
         for part in (layer, *dense):
             for parameter in part.parameters():
                 if parameter.is_floating_point():
                     parameter.add_(0.01 * torch.randn_like(parameter))
+    for projection in stochastic_projections(model).values():
+        for parameter in projection.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
 
 
 @cache
