@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import moduli
-from moduli.parallel import GatingDropout, gating_dropout, spread_experts
+from moduli.parallel import (
+    GatingDropout,
+    gating_dropout,
+    load_optimizer,
+    save_optimizer,
+    spread_experts,
+)
 from tests import tiny
 from tests.parallel.gating_ranks import build
 
@@ -68,20 +74,23 @@ def train(folder: Path, ranks: int | None) -> list[tuple[int, bool]]:
 def loop(folder: Path, ranks: int | None, resume: bool = False) -> None:
     """A loop of one's own: Accelerate shares out the batches, and the model is spread already.
 
-    Its optimiser has no state, so that it resumes from a checkpoint in the middle by the weights.
+    It resumes from the middle by a checkpoint and the state of its optimiser.
     """
     accelerator = Accelerator(cpu=True)
     model = moduli.load(folder / "half").train() if resume else build("llama")
     if ranks is None:
         spread_experts(model)
     attached = gating_dropout(model, CONFIG, ranks=ranks)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batches = DataLoader(rows(), batch_size=ROWS * (ranks or 1))  # type: ignore[arg-type]
     optimiser, batches = accelerator.prepare(optimiser, batches)  # not the model
     half = STEPS * PASSES // 2
+    if resume:
+        load_optimizer(model, optimiser, folder / "half.safetensors")
     for step, batch in enumerate(batches):
         if step == half and not resume:
             model.save_pretrained(folder / "half")
+            save_optimizer(model, optimiser, folder / "half.safetensors")
         if step < half and resume:
             continue
         attached.set_step(step)

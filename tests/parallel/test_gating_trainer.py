@@ -45,3 +45,6 @@ def test_trainer_and_own_loop_under_torchrun(tmp_path: Path) -> None:
         for key, tensor in wanted.items():
             near = {"rtol": 1e-4, "atol": 1e-5}
             torch.testing.assert_close(found[key], tensor, **near, msg=f"{way} {key}")
+    went_on = load_file(spread / "loop" / "model.safetensors")
+    resumed = load_file(spread / "resumed" / "model.safetensors")
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in went_on.items())
