@@ -97,9 +97,9 @@ def require_learnt(tokenizer: Any, tested: Sequence[Any]) -> None:
     if unknown := sorted(language for language in languages - set(learnt) if language):
         raise DataError(
             f"The translator would learn {', '.join(learnt)} and be tested in "
-            f"{', '.join(unknown)} as well, for which it has no token. Train on all languages, or "
-            f"leave the others out of the data: domains={tuple(learnt)!r} "
-            f"(--domains {' '.join(learnt)})."
+            f"{', '.join(unknown)} as well, for which it has no token. Train on all languages "
+            f"(--train-domain {','.join([*learnt, *unknown])}), or leave the others out of the "
+            f"data (--domains {' '.join(learnt)})."
         )
 
 
