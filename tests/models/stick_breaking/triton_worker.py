@@ -31,8 +31,12 @@ SHAPES = {
     "MoLM": (1, 2, 1, 12, 40, 1024, 1024),
 }
 
-# Type, generation, width of a part and number of parts.
-AHEAD = (("bf16", 90, 128, 1), ("bf16", 80, 128, 8), ("fp32", 80, 64, 1), ("fp32", 90, 128, 8))
+# Operands of one row [D] in the types and for the generations that are compiled for.
+AHEAD = (
+    (torch.bfloat16, 90, 128), (torch.bfloat16, 80, 1024), (torch.float32, 80, 64),
+    (torch.float32, 90, 1024),
+)  # fmt: skip
+SHARED = 99 * 1024  # bytes of fast memory that a program may have on any GPU since 2020
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -51,7 +55,12 @@ def step(given: list[Tensor], backend: str, dtype: torch.dtype, **options: Any) 
 
 
 def compare(shape: tuple[int, ...], dtype: torch.dtype, device: str, **options: Any) -> None:
-    given = operands(shape, dtype, device)
+    compared(operands(shape, dtype, device), dtype, TOLERANCE[dtype], shape, **options)
+
+
+def compared(
+    given: list[Tensor], dtype: torch.dtype, tolerance: float, what: object, **options: Any
+) -> None:
     found = step(given, "triton", dtype, **options)
     again = step(given, "triton", dtype, **options)
     wanted = step(given, "reference", torch.float64, **options)
@@ -59,7 +68,7 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, device: str, **options: 
         assert a.dtype == dtype
         assert torch.equal(a, b), name
         gap = float((a.double() - c).abs().max())
-        assert gap <= TOLERANCE[dtype] * max(float(c.abs().max()), 1e-3), (shape, name, gap)
+        assert gap <= tolerance * max(float(c.abs().max()), 1e-3), (what, name, gap)
 
 
 def outputs(device: str, dtypes: list[torch.dtype]) -> None:
@@ -75,7 +84,18 @@ def outputs(device: str, dtypes: list[torch.dtype]) -> None:
     compare(shape, dtypes[0], device, key_mask=mask)
     compare(shape, dtypes[0], device, segments=segments)
     compare(shape, dtypes[0], device, key_mask=mask, segments=segments, scale=3.0)
+    extreme(device)
     early(device)
+
+
+def extreme(device: str) -> None:
+    """Logits beside which those of other keys have few digits left."""
+    query, key, value, dout, drest = operands((1, 2, 2, 40, 40, 16, 16), torch.float32, device)
+    for t in (query, key):  # powers of two in one column: the same logits in both precisions
+        t[..., 1:] = 0
+        t[..., 0] = t[..., 0].sign() * (1 + (t[..., 0].abs() > 1))
+    for scale in (30.0, 2000.0):
+        compared([query, key, value, dout, drest], torch.float32, 2e-5, "extreme", scale=scale)
 
 
 def early(device: str) -> None:
@@ -95,6 +115,7 @@ def compile_ahead() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from moduli.models.stick_breaking import triton as stick
     from moduli.models.stick_breaking import triton_device
 
     types = {"mask": "*i8", "segments": "*i64", "scale": "fp32", "least": "fp32"}
@@ -103,14 +124,16 @@ def compile_ahead() -> None:
     for name in ("forward", "query_gradient", "key_gradient"):
         kernel = getattr(triton_device, name)
         for without in (("mask", "segments", *(["kept"] if name == "forward" else [])), ()):
-            for dtype, capability, width, parts in AHEAD:
-                fixed = {"QUERIES": 64, "KEYS": 32, "WIDTH": width, "VALUES": width}
-                fixed |= {"CURRENT": 1, "PARTS": parts}
+            for dtype, capability, width in AHEAD:
+                row = torch.empty(1, 1, 1, width, dtype=dtype)
+                fixed = {"CURRENT": 1, **stick._tile(row, row[0])}
                 constants = dict.fromkeys(without) | fixed
                 signature = {
                     n: "constexpr"
                     if n in constants
-                    else f"*{dtype}"
+                    else "*bf16"
+                    if n in own and dtype == torch.bfloat16
+                    else "*fp32"
                     if n in own
                     else types.get(n, "i32")
                     for n in kernel.arg_names
@@ -119,12 +142,13 @@ def compile_ahead() -> None:
                     ASTSource(kernel, signature, constants),
                     target=GPUTarget("cuda", capability, 32),
                 )
-                assert built.asm["ptx"]
+                assert built.asm["cubin"]
+                assert built.metadata.shared <= SHARED, (name, dtype, width)
 
 
 def on_cuda() -> None:
     outputs("cuda", [torch.float32, torch.bfloat16, torch.float16])
-    for width in (64, 128, 256):
+    for width in (64, 128, 256, 1024):
         compare((1, 4, 2, 600, 1000, width, width), torch.bfloat16, "cuda")
     assert (
         stick_breaking_attention(*operands((1, 1, 1, 9, 9, 16, 16), torch.half, "cuda")[:3])

@@ -122,7 +122,8 @@ def _backward(
     group = rows[0].shape[:3]
     dout = rows[2].new_zeros(1).expand(*query.shape[:3], value.shape[3]) if dout is None else dout
     drest = torch.zeros_like(rest) if drest is None else drest
-    dout, drest = dout.to(rows[0].dtype).reshape(*group, -1), drest.reshape(group)
+    dout = dout.to(rows[0].dtype).reshape(*group, value.shape[3])
+    drest = drest.reshape(group)
     with fast_fp32(None if query.device.type == "cpu" else False):
         found = module.backward(dout, drest, *rows, rest.view(group), kept, sight, scale)
     # Without gaps, as the shapes that the compiler is told.

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from moduli.models.stick_breaking.sight import Sight
 
-WIDEST = 128  # part of a row that a program holds
+WIDEST = {4: 64, 2: 256}  # columns of a row that a program holds, by the bytes of a number
 LEAST = 1e-30  # less of a stick is taken for none
-QUERIES, KEYS = 64, 32  # of a tile
+KEYS = 32  # of a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -129,11 +129,13 @@ def _seen(sight: Sight) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _tile(query: Tensor, value: Tensor) -> dict[str, int]:
-    parts = -(-max(query.shape[3], value.shape[2]) // WIDEST)
+    widest = WIDEST[query.element_size()]
+    parts = -(-max(query.shape[3], value.shape[2]) // widest)
     width, values = (
         max(16, 1 << (-(-w // parts) - 1).bit_length()) for w in (query.shape[3], value.shape[2])
     )
-    return {"QUERIES": QUERIES, "KEYS": KEYS, "WIDTH": width, "VALUES": values, "PARTS": parts}
+    queries = 64 if max(width, values) <= 128 else 32
+    return {"QUERIES": queries, "KEYS": KEYS, "WIDTH": width, "VALUES": values, "PARTS": parts}
 
 
 def _launch(name: str, grid: tuple[int, ...], first: Tensor, *rest: Any, **constants: Any) -> None:
