@@ -105,6 +105,13 @@ def test_a_dense_model_is_refused() -> None:
         pass
 
 
+def test_experts_that_are_drawn_at_random_have_no_routing_to_look_at() -> None:
+    model = tiny.build("bert")
+    moduli.convert(model, moduli.THOR(num_experts=2))
+    with pytest.raises(ModelError, match=r"drawn at random.*moduli\.thor_report"), watch(model):
+        pass
+
+
 def test_new_tokens_of_a_decoder_are_the_last_of_its_mask() -> None:
     model: Any = families.moe("mixtral")
     batch = {name: tensor.flip(1) for name, tensor in models.inputs("llama").items()}

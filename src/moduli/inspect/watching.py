@@ -26,6 +26,7 @@ from moduli.routing import Router, Routing
 from moduli.surgery.locate import stacks
 from moduli.surgery.modular import MaskHook, routed_layers
 from moduli.surgery.routed import Pass, RoutedLayer
+from moduli.surgery.stochastic import stochastic_projections
 
 See = Callable[[str, Routing, Tensor | None], None]
 """Called with (name of the layer, its routing, mask [T] of real tokens or None if unknown)."""
@@ -62,7 +63,7 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     """The layers with experts, in the order of the model.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or none that is routed to.
     """
     found: list[tuple[str, int, nn.Module]]
     found = [(name, layer.num_experts, layer) for name, layer in routed_layers(model).items()]
@@ -70,6 +71,11 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     stock = _stock_experts(model)
     found += [(name, int(module.num_experts), module) for name, module in stock.items()]
     if not found:
+        if stochastic_projections(model):
+            raise ModelError(
+                f"the experts of this {type(model).__name__} are drawn at random, so that there is "
+                "no routing to look at; moduli.thor_report(model, batches) compares what they say"
+            )
         raise ModelError(
             f"this {type(model).__name__} has no experts to look at; moduli.convert(model, method) "
             "or `moduli tune` makes them, moduli.load(directory) brings back saved ones, and MoE "
