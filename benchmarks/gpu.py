@@ -11,6 +11,10 @@ the reference first. Parts:
                pays to compute chosen experts alone instead of masking the dense layer
     routing    top-k, sort, the whole order of slots, spreading tokens and collecting rows
     launches   one layer at few tokens, called from Python and replayed as a CUDA graph
+    stick      stick-breaking attention in Triton and in PyTorch's tiles against causal softmax
+               attention, to T 8192, heads of 64, 128 and (MoLM) 1024
+
+Whether kernels are right is for the tests to say: `pytest -m gpu tests`.
 
 The record goes to benchmarks/results/gpu.json unless --out says otherwise. Without a CUDA device
 there is nothing to measure: it says so and ends well.
@@ -22,6 +26,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,7 @@ from moduli.bench.protocol import ROUNDS, Clock, Timing, measure
 from moduli.experts.ffn import StackedFFN
 from moduli.experts.kernels import KERNELS, Between, run_experts
 from moduli.experts.kernels.order import order
+from moduli.models.stick_breaking import stick_breaking_attention, triton
 from moduli.routing import Routing
 
 Call = Callable[[], object]
@@ -136,6 +142,40 @@ def launches(tokens: Sequence[int], device: torch.device, rounds: int) -> list[d
     return found
 
 
+def stick(
+    shapes: Sequence[tuple[int, int, int, int]], device: torch.device, rounds: int
+) -> list[dict[str, Any]]:
+    """Stick-breaking attention of shapes T, heads of queries and of keys, width."""
+    found = []
+    for times, heads, own, width in shapes:
+        query, push = (_normal(1, heads, times, width, device=device) for _ in range(2))
+        key, value = (_normal(1, own, times, width, device=device) for _ in range(2))
+        leaves = [t.requires_grad_() for t in (query, key, value)]
+        of: dict[str, Callable[..., Any]] = {
+            "softmax": partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True),
+            "blocked": partial(stick_breaking_attention, backend="blocked"),
+        }
+        if triton.refuses(query, key, value) is None:
+            of["triton"] = partial(stick_breaking_attention, backend="triton")
+        calls: dict[str, Call] = {name: partial(call, *leaves) for name, call in of.items()}
+        row: dict[str, Any] = {"times": times, "heads": heads, "own": own, "width": width}
+        row["forward ms"] = _milliseconds(calls, device, rounds)
+
+        def trained(call: Call, leaves: Any = leaves, push: Any = push) -> object:
+            with torch.enable_grad():
+                return torch.autograd.grad(call(), leaves, push)  # type: ignore[arg-type]
+
+        steps: dict[str, Call] = {name: partial(trained, call) for name, call in calls.items()}
+        row["with backward ms"] = _milliseconds(steps, device, rounds)
+        found.append(row)
+        print(row, flush=True)
+    return found
+
+
+def _normal(*shape: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(*shape, device=device).to(torch.bfloat16)
+
+
 def _replayed(call: Call) -> Call:
     """A call captured in a CUDA graph, after it has run once beside the current stream."""
     side = torch.cuda.Stream()
@@ -157,6 +197,11 @@ def _milliseconds(calls: dict[str, Call], device: torch.device, rounds: int) -> 
 
 
 ROUTED = [(t, 2048, e, k) for t in (256, 8192, 32768) for e, k in ((16, 4), (64, 8), (128, 8))]
+STUCK = [
+    (times, *heads)
+    for times in (512, 2048, 8192)
+    for heads in ((12, 12, 64), (16, 16, 128), (2, 1, 1024))
+]
 PARTS: dict[str, Callable[[Machine, int], list[dict[str, Any]]]] = {
     "layers": lambda machine, rounds: layers(accelerator(), machine, rounds),
     "crossover": lambda machine, rounds: layers(crossover(), machine, rounds),
@@ -164,6 +209,7 @@ PARTS: dict[str, Callable[[Machine, int], list[dict[str, Any]]]] = {
     "launches": lambda machine, rounds: launches(
         (1, 16, 256, 2048), torch.device(machine.device), rounds
     ),
+    "stick": lambda machine, rounds: stick(STUCK, torch.device(machine.device), rounds),
 }
 
 

@@ -19,7 +19,7 @@ MACHINE = Machine(
 
 
 def test_every_part_runs_unless_some_are_named() -> None:
-    assert gpu.options([]).parts == ["layers", "crossover", "routing", "launches"]
+    assert gpu.options([]).parts == ["layers", "crossover", "routing", "launches", "stick"]
     assert gpu.options(["--parts", "routing", "--rounds", "9"]).parts == ["routing"]
     with pytest.raises(SystemExit):
         gpu.options(["--parts", "nothing"])
@@ -54,3 +54,11 @@ def test_routing_and_launches() -> None:
     (row,) = gpu.launches([2], CPU, 1)
     assert {"masked", "grouped"} <= row["ms"].keys()
     assert all(ms > 0 for ms in row["ms"].values())
+
+
+def test_stick_breaking_attention_beside_softmax() -> None:
+    (row,) = gpu.stick([(8, 4, 2, 16)], CPU, 1)
+    for way in ("forward ms", "with backward ms"):
+        assert row[way].keys() == {"softmax", "blocked"}
+        assert all(ms > 0 for ms in row[way].values())
+    assert {shape[-1] for shape in gpu.STUCK} == {64, 128, 1024}
