@@ -9,7 +9,7 @@ benchmarks/results/thor/runs/. NAME is a study ("headline", "arms", "wesnoth"), 
     languages    the scores of "arms" by language
     modes        what THOR's experts are to one another, in all studies
 
-`<!-- thor:NAME short -->` leaves out BLEU and the hard part of a study.
+`<!-- thor:NAME short -->` leaves out BLEU and the hard rows of a study.
 """
 
 from __future__ import annotations
@@ -118,11 +118,12 @@ def score(record: RunRecord, metric: str) -> float:
 
 
 def comparison(found: Mapping[str, Runs], runs: Path) -> tuple[Rows, str]:
-    """All arms of a study, over all languages and on the hard part."""
+    """All arms of a study, over all languages and on the hard rows of their tests."""
     (study,) = found.values()
-    hard = all(HARD in record.scores for seeds in study.values() for record in seeds.values())
+    records = [record for seeds in study.values() for record in seeds.values()]
+    hard = all(f"{HARD}_loss" in r.scores[n] for r in records for n in r.spec.train_domains)
     rows = [["method", "updates", "loss per token", "difference", "chrF", "difference"]]
-    rows[0] += ["BLEU", "BLEU, 4 beams", *["loss, hard part", "chrF, hard part"] * hard]
+    rows[0] += ["BLEU", "BLEU, 4 beams", *["loss, hard rows", "chrF, hard rows"] * hard]
     for label, seeds in study.items():
         row = [label, f"{next(iter(seeds.values())).spec.settings.max_steps:,}"]
         for metric, digits in (("loss", 3), ("chrf", 1)):
@@ -131,8 +132,7 @@ def comparison(found: Mapping[str, Runs], runs: Path) -> tuple[Rows, str]:
             row.append("" if label == DENSE else difference(values, base, digits=digits))
         row += [spread(_scores(seeds, name), digits=1) for name in ("bleu", "beam_bleu")]
         for metric, digits in (("loss", 3), ("chrf", 1)) if hard else ():
-            values = {seed: float(r.scores[HARD][metric]) for seed, r in seeds.items()}
-            row.append(spread(values, digits=digits))
+            row.append(spread(_scores(seeds, f"{HARD}_{metric}"), digits=digits))
         rows.append(row)
     count = max(map(len, study.values()))
     ends = "one seed"

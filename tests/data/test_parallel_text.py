@@ -20,9 +20,9 @@ from moduli.data.translation import (
     core,
     debian_rows,
     language_of,
+    mark_hard,
     tagged,
     wesnoth_rows,
-    with_hard_part,
 )
 from moduli.errors import FetchError
 
@@ -277,17 +277,17 @@ def test_a_text_of_two_projects_belongs_to_one_in_every_language(
 
 def test_hard_is_what_of_the_tests_shares_its_core_with_nothing_learnt() -> None:
     domains = split(made_up())
-    with_hard = with_hard_part(domains)
-    assert list(with_hard) == [*domains, "hard"]
+    marked = mark_hard(domains)
+    assert list(marked) == list(domains)  # it is a part of the tests, not a place out of domain
     learnt = {core(s) for d in domains.values() for s in d.train["source"]}  # type: ignore[index]
-    tests = [d.test for d in domains.values() if d.test is not None]
-    tested = [source for test in tests for source in test["source"]]
-    hard = with_hard["hard"]
-    assert hard.train is None
-    assert hard.validation is None
-    assert hard.test is not None
-    assert sorted(hard.test["source"]) == sorted(s for s in tested if core(s) not in learnt)
-    assert 0 < len(hard.test) < len(tested)
+    tests = [d.test for d in marked.values() if d.test is not None]
+    found = [row["hard"] for test in tests for row in test]
+    assert found == [core(source) not in learnt for test in tests for source in test["source"]]
+    assert 0 < sum(found) < len(found)
+    for name, splits in marked.items():
+        assert splits.train is domains[name].train
+        before, after = domains[name].test, splits.test
+        assert before is None or (after is not None and before["source"] == after["source"])
 
 
 def test_a_campaign_is_held_out_with_everything_said_in_it(places: tuple[Path, Path]) -> None:
@@ -314,7 +314,7 @@ def test_a_campaign_is_held_out_with_everything_said_in_it(places: tuple[Path, P
 def test_a_task_names_what_is_trained_on_together() -> None:
     from moduli.study.plan import source_groups
 
-    domains = with_hard_part(split(made_up()))
+    domains = mark_hard(split(made_up()))
     task = Task("made up", "translation", (), domains, sources=("a", "b", "c"))
     assert source_groups(task, ()) == [("a", "b", "c")]
     assert source_groups(task, (("b",),)) == [("b",)]

@@ -94,7 +94,7 @@ def test_pieces_are_learnt_from_the_training_rows_of_the_run_only() -> None:
 
     given = task()
     test = Dataset.from_list([{"source": ">>es<< ohm", "target": "Ω"}])
-    given = replace(given, domains={**given.domains, "hard": Splits(None, None, test)})
+    given = replace(given, domains={**given.domains, "other": Splits(None, None, test)})
     (run,) = plan().runs([given])
     _, pieces = load_model(run.spec, given)
     assert pieces("Ω")["input_ids"][-2] == pieces.unk_token_id

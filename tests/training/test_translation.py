@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ import torch
 import transformers
 from torch.nn.functional import log_softmax
 
-from moduli.data.translation import tagged
+from moduli.data.translation import language_of, tagged
 from moduli.errors import ConfigError, DataError, UnknownNameError
 from moduli.training.finetune import evaluate, finetune, outputs_of
-from moduli.training.kinds.base import get_kind
+from moduli.training.kinds.base import Examples, get_kind
 from moduli.training.kinds.per_token import token_loss
 from moduli.training.pieces import tags_of, train_pieces
 from moduli.training.plain import BEAMS
@@ -148,8 +150,8 @@ def test_scores_are_those_of_sacrebleu_on_what_generate_writes(
     import sacrebleu
 
     model, tokenizer, _ = learnt
-    some = rows()[3:17]
-    scores = evaluate(model, tokenizer, some, kind="translation", max_length=16).to_dict()
+    some = [row for row in rows() if language_of(row["source"]) == "cs"]
+    scores = evaluate(model, tokenizer, some, kind="translation", max_length=32).to_dict()
     references = [[row["target"] for row in some]]
     total = tokens = 0.0
     written: dict[int, list[str]] = {1: [], BEAMS: []}
@@ -181,17 +183,49 @@ def test_it_is_said_how_scores_were_computed() -> None:
     assert get_kind("classification").signatures() == {}
 
 
-def test_languages_without_spaces_are_cut_into_characters() -> None:
-    from moduli.training.kinds.base import Examples
+def scored(*given: tuple[str, str, str], hard: Sequence[bool] = ()) -> dict[str, float]:
+    """Scores of texts that are given as language, what was written, and the right one."""
+    examples = Examples.of(given)
+    examples = replace(examples, decode=lambda ids: "".join(map(chr, ids.tolist())))
+    rows, outputs = [], []
+    for number, (language, text, target) in enumerate(given):
+        ids = torch.tensor([ord(c) for c in text])
+        nll = torch.full((2,), float(number))
+        outputs.append({"nll": nll, "target": torch.zeros(2), "greedy": ids, "beam": ids})
+        rows.append({"source": tagged(language, "a sentence"), "target": target})
+    marked = [{**row, "hard": one} for row, one in zip(rows, hard, strict=False)]
+    return KIND.score(outputs, examples, marked or rows).to_dict()
 
-    # one character of six is wrong, which as a word would be all of it
-    written = torch.tensor([ord(c) for c in "日本語の文草"])
-    output = {"nll": torch.ones(1), "target": torch.zeros(1), "greedy": written, "beam": written}
-    one = [{"source": tagged("ja", "a Japanese sentence"), "target": "日本語の文章"}]
-    examples = Examples([0], [1], [0], decode=lambda ids: "".join(map(chr, ids.tolist())))
-    assert KIND.score([output], examples, one).to_dict()["bleu"] > 50
-    other = [{**one[0], "source": tagged("cs", "the same as if it was Czech")}]
-    assert KIND.score([output], examples, other).to_dict()["bleu"] < 1
+
+JAPANESE = ("日本語の文草", "日本語の文章")
+"""One character of six is wrong, which as a word would be all of it."""
+
+
+@pytest.mark.parametrize("language", ["ja", "zh_CN", "zh_TW", "zh", "zh-Hans", "ZH"])
+def test_languages_without_spaces_are_cut_into_characters(language: str) -> None:
+    assert scored((language, *JAPANESE))["bleu"] > 50
+    assert scored(("cs", *JAPANESE))["bleu"] < 1
+
+
+def test_texts_into_several_languages_are_a_corpus_each() -> None:
+    spanish = ("es", "una biblioteca de juegos", "una biblioteca de música")
+    apart = [scored(("ja", *JAPANESE), ("ja", *JAPANESE)), scored(spanish)]
+    together = scored(("ja", *JAPANESE), spanish, ("ja", *JAPANESE))
+    for name in ("bleu", "chrf", "beam_bleu", "beam_chrf"):
+        assert together[name] == pytest.approx(sum(one[name] for one in apart) / 2)
+    assert together["n"] == 6
+
+
+def test_hard_rows_are_scored_from_what_was_written_for_all() -> None:
+    texts = [("cs", "knihovna pro hry", "knihovna pro mapy"), ("cs", "hra s mapou", "hra s mapou")]
+    found = scored(*texts, *texts, hard=[True, False, False, True])
+    whole, hard = scored(*texts, *texts), scored(texts[0], texts[1])
+    assert {name: found[name] for name in whole} == whole
+    for name in ("n", "bleu", "chrf", "beam_bleu", "beam_chrf"):
+        assert found[f"hard_{name}"] == hard[name]
+    assert found["hard_loss"] == 1.5  # of the first and the last
+    assert found["hard_n"] == 4
+    assert scored(*texts, hard=[False, False]).keys() == whole.keys()
 
 
 @pytest.mark.slow

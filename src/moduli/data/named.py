@@ -21,7 +21,7 @@ from moduli.data.media import image_cell
 from moduli.data.rows import Row
 from moduli.data.sentiment import DOMAINS, LABEL_NAMES, sentiment_rows
 from moduli.data.task import Splits
-from moduli.data.translation import LANGUAGES, debian_rows, wesnoth_rows, with_hard_part
+from moduli.data.translation import LANGUAGES, debian_rows, mark_hard, wesnoth_rows
 
 _VENDORS_FIRST = "noto"
 
@@ -57,7 +57,7 @@ class NamedTask:
         kind: of the task.
         read: its rows, see `Read`.
         together: whether its domains are trained on together, where nobody says otherwise.
-        add: from the domains with their splits, these and what is made of them.
+        add: from the domains with their splits, the same with what is known from all of them.
     """
 
     package: str
@@ -170,10 +170,10 @@ NAMED: dict[str, NamedTask] = {
     "brown": NamedTask("brown", "language-modeling", _brown),
     "brown-pos": NamedTask("brown", "token-classification", _brown_pos),
     "debian-descriptions": NamedTask(
-        "debian-descriptions", "translation", _debian("short"), together=True, add=with_hard_part
+        "debian-descriptions", "translation", _debian("short"), together=True, add=mark_hard
     ),
     "debian-sentences": NamedTask(
-        "debian-descriptions", "translation", _debian("sentence"), together=True, add=with_hard_part
+        "debian-descriptions", "translation", _debian("sentence"), together=True
     ),
     "wesnoth": NamedTask("wesnoth", "translation", _wesnoth, together=True),
 }

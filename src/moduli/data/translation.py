@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 from moduli.data.cells import same_text
 from moduli.data.rows import Row
 from moduli.data.task import Splits
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 LANGUAGES = ("es", "cs", "ru", "pl")
 """Those that are learnt where nobody says otherwise: in Debian they have few rows each."""
@@ -26,7 +24,7 @@ HELD_OUT = "ttb"
 TEST, VALIDATION = 0.1, 0.05
 """Shares of the projects; of Wesnoth's other campaigns, both are for validation."""
 HARD = "hard"
-"""Domain of the test rows that resemble no row of training, of all languages."""
+"""Column of test rows: whether a row resembles no row of training in any language."""
 
 Columns = Mapping[str, list[Any]]
 TAG = re.compile(r">>(\S+)<<\s*")
@@ -102,22 +100,17 @@ def core(source: str) -> str:
     return same_text(re.split(r"\s-+\s", text)[0])
 
 
-def with_hard_part(domains: dict[str, Splits]) -> dict[str, Splits]:
-    """The domains, and one more for testing: test rows whose `core` no training row has.
+def mark_hard(domains: dict[str, Splits]) -> dict[str, Splits]:
+    """The domains, with a column `HARD` in their tests: no training row has the row's `core`.
 
     Args:
         domains: of the languages that are learnt together.
     """
-    from datasets import concatenate_datasets
-
-    known = set(_cores(splits.train for splits in domains.values()))
-    tests = [splits.test for splits in domains.values() if splits.test is not None]
-    if not tests:
-        return domains
-    test = concatenate_datasets(tests)
-    hard = [i for i, its in enumerate(_cores([test])) if its not in known]
-    return domains | {HARD: Splits(None, None, test.select(hard))} if hard else domains
-
-
-def _cores(tables: Iterable[Dataset | None]) -> list[str]:
-    return [core(source) for table in tables if table is not None for source in table["source"]]
+    tables = [splits.train for splits in domains.values() if splits.train is not None]
+    known = {core(source) for table in tables for source in table["source"]}
+    marked = {}
+    for name, splits in domains.items():
+        if (test := splits.test) is not None:
+            test = test.add_column(HARD, [core(source) not in known for source in test["source"]])
+        marked[name] = replace(splits, test=test)
+    return marked

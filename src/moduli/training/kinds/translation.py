@@ -9,14 +9,17 @@ what is written by greedy search and along several beams.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
-from moduli.data.translation import language_of
+from moduli.data.translation import HARD, language_of
 from moduli.errors import DataError
 from moduli.training.kinds import per_token, seq2seq
 from moduli.training.kinds.base import Examples, Output
@@ -24,13 +27,18 @@ from moduli.training.metrics import Metric, Scores
 from moduli.training.pieces import tags_of
 from moduli.training.plain import BEAMS, TOKENS_AND_TEXT
 
-CHARACTERS = {"ja": "char", "zh_CN": "zh", "zh_TW": "zh"}
-"""Languages without spaces between words, and how sacreBLEU is to cut them; others by its 13a."""
+CHARACTERS = {"ja": "char", "zh": "zh"}
+"""Languages without spaces between words, wherever spoken, and how sacreBLEU is to cut them."""
+WORDS = "13a"
+"""How it is to cut the others."""
 
 
 @dataclass(frozen=True)
 class TranslationScores(Scores):
-    """`n` is the number of target tokens; BLEU and chrF are of the whole corpus, in [0, 100]."""
+    """`n` is the number of target tokens; BLEU and chrF are of a corpus, in [0, 100].
+
+    Texts into one language are a corpus. Of several the scores are averaged, each counting once.
+    """
 
     loss: float
     """Mean cross-entropy per target token, nats, given the right ones before."""
@@ -40,17 +48,30 @@ class TranslationScores(Scores):
     beam_bleu: float
     beam_chrf: float
     """Of what is written along `BEAMS` beams."""
+    hard: TranslationScores | None = None
+    """The same of those rows that are marked as hard (`moduli.data.translation.mark_hard`)."""
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Plain numbers; those of the hard rows, if there are any, as "hard_loss" and so on."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != HARD}
+        hard = {} if self.hard is None else self.hard.to_dict()
+        return own | {f"{HARD}_{name}": value for name, value in hard.items()}
 
 
 def signatures() -> dict[str, str]:
     """How BLEU and chrF were computed, as sacreBLEU says it, by metric and tokens."""
     found = {}
-    for tokens in ("13a", *sorted(set(CHARACTERS.values()))):
+    for tokens in (WORDS, *sorted(set(CHARACTERS.values()))):
         for name, metric in _measures(tokens).items():
             metric.corpus_score(["a"], [["a"]])  # it counts references when it scores
-            key = name if tokens == "13a" or name == "chrf" else f"{name} ({tokens})"
+            key = name if tokens == WORDS or name == "chrf" else f"{name} ({tokens})"
             found[key] = str(metric.get_signature())
     return found
+
+
+def _tokens(language: str | None) -> str:
+    """How sacreBLEU is to cut texts of a language: "zh_CN", "zh-Hans" and "zh" are one."""
+    return CHARACTERS.get(re.split("[-_]", language or "")[0].casefold(), WORDS)
 
 
 def _measures(tokens: str) -> dict[str, Any]:
@@ -88,19 +109,30 @@ def _texts(outputs: Sequence[Output], examples: Examples, search: str) -> list[s
 
 
 def _score(outputs: Sequence[Output], examples: Examples, rows: Any) -> TranslationScores:
-    found = per_token.joined(outputs)
-    languages = {language_of(row["source"]) for row in rows}
-    tokens = CHARACTERS.get(str(languages.pop()), "13a") if len(languages) == 1 else "13a"
-    references = [[row["target"] for row in rows]]
-    values = {}
-    for search in ("greedy", "beam"):
-        texts = _texts(outputs, examples, search)
-        for name, metric in _measures(tokens).items():
-            key = name if search == "greedy" else f"{search}_{name}"
-            values[key] = float(metric.corpus_score(texts, references).score)
-    return TranslationScores(
-        n=len(found["nll"]), loss=float(found["nll"].double().mean()), **values
-    )
+    assert examples.decode is not None  # `_prepare` saw to it
+    pairs = list(zip(rows, outputs, strict=True))
+    scores = _scores(pairs, examples.decode)
+    hard = [(row, output) for row, output in pairs if row.get(HARD)]
+    return replace(scores, hard=_scores(hard, examples.decode)) if hard else scores
+
+
+def _scores(
+    pairs: Sequence[tuple[Mapping[str, Any], Output]], decode: Callable[[Tensor], str]
+) -> TranslationScores:
+    """Of rows and what the model said to each; a corpus for sacreBLEU has one language."""
+    corpora: dict[str | None, list[tuple[Mapping[str, Any], Output]]] = defaultdict(list)
+    for row, output in pairs:
+        corpora[language_of(row["source"])].append((row, output))
+    values: dict[str, list[float]] = defaultdict(list)
+    for language, corpus in corpora.items():
+        references = [[row["target"] for row, _ in corpus]]
+        for search, prefix in (("greedy", ""), ("beam", "beam_")):
+            texts = [decode(output[search]) for _, output in corpus]
+            for name, metric in _measures(_tokens(language)).items():
+                values[prefix + name].append(float(metric.corpus_score(texts, references).score))
+    nll = per_token.joined([output for _, output in pairs])["nll"].double()
+    means = {name: fmean(found) for name, found in values.items()}
+    return TranslationScores(n=len(nll), loss=float(nll.mean()), **means)
 
 
 def _describe(
