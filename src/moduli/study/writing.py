@@ -18,7 +18,7 @@ from torch import Tensor
 from moduli.errors import CheckpointError, ConfigError
 from moduli.training.batches import use_padding
 
-KINDS = ("language-modeling", "seq2seq")
+KINDS = ("language-modeling", "seq2seq", "translation")
 
 
 @dataclass(frozen=True)
