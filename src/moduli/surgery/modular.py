@@ -8,12 +8,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
 from moduli.routing import AvgKRouter
 from moduli.surgery.locate import stacks
+from moduli.surgery.recall import recalling
 from moduli.surgery.routed import Pass, RoutedLayer
 from moduli.surgery.stochastic import StochasticProjection
 
@@ -39,11 +41,22 @@ class PassHook(HostHook):
                 "support; start one process per device instead (torchrun), as for "
                 "DistributedDataParallel, or show the process one device"
             )
+        self.shared.end_recall()
         for layer in routed_layers(model).values():
             layer.auxiliary, layer.lost_auxiliary = None, False
             if isinstance(layer.router, AvgKRouter):
                 layer.router.update()
                 layer.router.stale = layer.training
+
+
+class RecallHook(HostHook):
+    """Forward hook of the whole model: its backward finds the masks and ids of this pass."""
+
+    def __init__(self, shared: Pass) -> None:
+        self.shared = shared
+
+    def __call__(self, model: nn.Module, args: object, output: Any) -> Any:
+        return recalling(output, self.shared, self.shared.snapshot()) if model.training else None
 
 
 class MaskHook(ModelHook):
@@ -88,6 +101,7 @@ def _table(
 def watch(model: nn.Module, shared: Pass) -> None:
     """Register the hooks that keep `shared` up to date."""
     model.register_forward_pre_hook(PassHook(shared), prepend=True)
+    model.register_forward_hook(RecallHook(shared))
     by_ids = any(layer.router.by_ids for layer in routed_layers(model).values())
     for name, stack in stacks(model).items():
         names = list(inspect.signature(stack.forward).parameters)

@@ -22,6 +22,7 @@ from moduli.losses.noisy_top_k import noisy_top_k_loss
 from moduli.losses.z_loss import z_loss
 from moduli.routing import AvgKRouter, NoisyRouting, RouteContext, Router, Routing
 from moduli.surgery.locate import FFN
+from moduli.surgery.recall import Recalled
 
 Select = Literal["gate", "up", "up_abs", "inter", "inter_abs"]
 Aux = Literal["none", "load_importance", "load_importance_paper", "switch"]
@@ -32,7 +33,7 @@ FirstAux = Literal["first_choice", "first_choice_paper", "z"]
 
 
 @dataclass
-class Pass:
+class Pass(Recalled):
     """What all routed layers of one model share during a forward pass of it.
 
     Attributes:
@@ -50,6 +51,10 @@ class Pass:
     record: Callable[[str, Routing, Tensor | None], None] | None = None
     noise: dict[str, Tensor] = field(default_factory=dict)
     ids: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Recalled`."""
+        return {"masks": dict(self.masks), "ids": dict(self.ids), "dense": self.dense}
 
     def context(self, shape: torch.Size, training: bool, name: str) -> RouteContext:
         """The route context of a layer whose input has leading dimensions `shape`."""

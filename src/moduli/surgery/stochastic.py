@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ from moduli.errors import ModelError
 from moduli.surgery.locate import FFN
 from moduli.surgery.owned import require_copyable
 from moduli.surgery.projection import base_of, bias_of, is_sharded, is_stock, shape_of, weight_of
+from moduli.surgery.recall import Recalled
 
 Choice = int | tuple[int, ...] | Int[Tensor, " T"] | Literal["each", "mean", "none"]
 """Experts of one call of an FFN: one for all of it; one for each of several equal parts of the
@@ -34,7 +35,7 @@ Limit = Callable[[Choice, torch.Size], Choice]
 """What becomes of the chooser's choice in training; also given the input's leading dimensions."""
 
 
-class Chooser:
+class Chooser(Recalled):
     """Says with which experts the layers of a model compute; one object for all of them.
 
     Attributes:
@@ -42,6 +43,10 @@ class Chooser:
     """
 
     dense = False
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Recalled`."""
+        return {"dense": self.dense}
 
     def choose(self, layer: int, lead: torch.Size, training: bool) -> Choice:
         """The experts of an FFN.

@@ -19,6 +19,7 @@ Source: THOR (arXiv 2110.04260); microsoft/Stochastic-Mixture-of-Experts.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -67,7 +68,7 @@ class ThorChooser(Chooser):
         num_experts: N.
         mode: of evaluation.
         seed: of what evaluation draws.
-        plan: of the training forward that runs, or whose backward does.
+        plan: of the training forward that runs, or whose backward does; None between.
         ensemble: whether the batch of this pass stands in it N times, once for every expert.
         sentences: hash of each sentence that the model reads, for random_sentence.
     """
@@ -97,7 +98,13 @@ class ThorChooser(Chooser):
 
     def choose(self, layer: int, lead: torch.Size, training: bool) -> Choice:
         """See `Chooser`."""
-        if training and self.plan is not None:
+        if training:
+            if self.plan is None:
+                raise ModelError(
+                    "experts are drawn by a training forward of the whole model, and this call is "
+                    "of a part of it; call the model itself (give it the inputs of its encoder, "
+                    "too), or the part after eval()"
+                )
             experts = tuple(one[layer] for one in self.plan.experts)
             return experts if len(experts) > 1 else experts[0]
         if self.fixed is not None:
@@ -111,6 +118,15 @@ class ThorChooser(Chooser):
         if layer not in self._drawn:
             self._drawn[layer] = self._draw(layer, lead)
         return self._drawn[layer]
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Recalled`."""
+        return {**super().snapshot(), "plan": self.plan}
+
+    def start_pass(self) -> None:
+        """Forget what a pass has left that did not come to its end."""
+        self.end_recall()
+        self._drawn.clear()
 
     def finish(self, layer: int) -> None:
         """See `Chooser`: what was drawn for one call of an FFN holds for that call only."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moduli.errors import DataError
-from moduli.methods.thor.objective import Objective, without_labels
+from moduli.methods.thor.objective import Objective, has_shift, without_labels
 from moduli.methods.thor.outputs import logits_of
 from moduli.methods.thor.passes import Passes, passes_of
 from moduli.surgery.convert import base_model, recorded_layout, set_layout
@@ -128,13 +128,17 @@ def thor_report(model: nn.Module, batches: Batches) -> ThorReport:
     apart, count = 0.0, 0
     for batch in given:
         inputs, labels = without_labels(host, dict(batch)), batch["labels"]
+        with _evaluating(host, passes, "fixed:0"):
+            if has_shift(labels) and passes.predicts_next is None:
+                passes.learn_shift(host, host(**batch), labels)
         found = {mode: _logits(host, passes, mode, inputs) for mode in totals}
-        together = Objective().loss(host, [found[mode] for mode in single], labels)
+        shift = passes.predicts_next
+        together = Objective().loss(host, [found[mode] for mode in single], labels, shift)
         apart, count = apart + float(together.disagreement), count + together.count
         for mode, error in zip(single, together.errors.tolist(), strict=True):
             totals[mode] += error
         for mode in others:
-            totals[mode] += float(Objective().loss(host, [found[mode]], labels).total)
+            totals[mode] += float(Objective().loss(host, [found[mode]], labels, shift).total)
     if not count:
         raise DataError("no position of the batches has a label")
     losses = {mode: total / count for mode, total in totals.items()}

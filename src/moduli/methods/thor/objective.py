@@ -3,8 +3,9 @@
     total = sum_i CE_i + alpha CR,  divided by the number of labels of the step, counted once
 
 Classes of a whole input or of every position, the next token of a language model, and numbers
-(squared errors) are told apart as transformers does in its own losses. Letters: B rows, S
-sequence, V classes.
+(squared errors) are told apart as transformers does in its own losses. Whether position s is to say
+what stands there or at s + 1 shows in the loss that the model makes itself, at its first one: names
+and types of models do not tell. Letters: B rows, K passes, S sequence, V classes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 
 from moduli.errors import ModelError
 from moduli.losses.consistency import (
@@ -35,13 +37,21 @@ class Objective:
     label_smoothing: float = 0.0
     smoothing_style: Smoothing = "fairseq"
 
-    def loss(self, model: nn.Module, logits: Sequence[Tensor], labels: Tensor) -> ConsistencyLoss:
+    def loss(
+        self,
+        model: nn.Module,
+        logits: Sequence[Tensor],
+        labels: Tensor,
+        predicts_next: bool | None = None,
+    ) -> ConsistencyLoss:
         """The loss of passes over one batch, as sums over its labels.
 
         Args:
             model: which made them; says what the labels are.
             logits: of each pass, [B, V] or [B, S, V].
             labels: as the model's own forward takes them.
+            predicts_next: whether position s says what stands at s + 1, see `found_shift`; None:
+                what is usual for such a model.
 
         Raises:
             ModelError: several labels for one input, or labels that do not fit the logits.
@@ -65,9 +75,10 @@ class Objective:
                 f"labels {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}); THOR "
                 "needs the number of a class for every position, or one for every row"
             )
+        shifted = usual_shift(model) if predicts_next is None else predicts_next
         return consistency_loss(
             logits,
-            pad(labels[:, 1:], (0, 1), value=IGNORED) if predicts_next(model) else labels,
+            _moved(labels) if shifted and labels.dim() > 1 else labels,
             self.alpha,
             label_smoothing=self.label_smoothing,
             ignore_index=IGNORED,
@@ -75,15 +86,50 @@ class Objective:
         )
 
 
-def predicts_next(model: nn.Module) -> bool:
-    """Whether the model is a decoder whose position s says what stands at s + 1."""
+def usual_shift(model: nn.Module) -> bool:
+    """Whether a model is one of a kind whose position s usually says what stands at s + 1."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return False
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return known is not None and isinstance(model, known)
+    by_name: Any = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
+    return by_name is ForCausalLMLoss or (known is not None and isinstance(model, known))
+
+
+def has_shift(labels: Tensor | None) -> bool:
+    """Whether labels are of positions, so that it matters at which of them one stands."""
+    return labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+
+
+@torch.no_grad()
+def found_shift(logits: Tensor, labels: Tensor, loss: Tensor | None) -> bool | None:
+    """Whether a loss that the model made itself is that of the next tokens; None if it does not
+    tell: it may be neither, or be the same either way.
+
+    Args:
+        logits: of K passes over a batch, one after the other, [K B, S, V].
+        labels: of the batch, [B, S].
+        loss: cross-entropy of the passes, mean over their labels.
+    """
+    if loss is None or logits.dim() != 3 or logits.shape[1] != labels.shape[1]:
+        return None
+    rows, labels = logits.float().flatten(0, 1), labels.to(logits.device)
+
+    def fits(targets: Tensor) -> bool:
+        all_passes = targets.repeat(len(logits) // len(targets), 1).flatten()
+        made = cross_entropy(rows, all_passes, ignore_index=IGNORED)
+        return bool(torch.isclose(made, loss.to(made), rtol=1e-3, atol=1e-4))
+
+    next_one, same = fits(_moved(labels)), fits(labels)
+    return next_one if next_one != same else None
+
+
+def _moved(labels: Tensor) -> Tensor:
+    """At every position the label of the next one."""
+    return pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def without_labels(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:

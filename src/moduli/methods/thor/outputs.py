@@ -32,6 +32,12 @@ def logits_of(model: nn.Module, output: Any) -> Tensor:
     return found
 
 
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in a model's output, None if there is none."""
+    found = output[0] if isinstance(output, tuple) else output.get("loss")
+    return found if isinstance(found, Tensor) and found.dim() == 0 else None
+
+
 def mean_prediction(model: Any, passes: Sequence[Tensor]) -> Tensor:
     """Logits of the mean of the probabilities of all passes; the mean of numbers.
 

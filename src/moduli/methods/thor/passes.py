@@ -30,10 +30,11 @@ from moduli.methods.thor.batches import (
     takes,
 )
 from moduli.methods.thor.chooser import ThorChooser
-from moduli.methods.thor.objective import Objective, without_labels
-from moduli.methods.thor.outputs import logits_of, mean_prediction, with_loss
+from moduli.methods.thor.objective import Objective, found_shift, has_shift, without_labels
+from moduli.methods.thor.outputs import logits_of, loss_of, mean_prediction, with_loss
 from moduli.methods.thor.plan import RoutingPlan
 from moduli.surgery.modular import HostHook, ModelHook
+from moduli.surgery.recall import recalling
 from moduli.training.auxiliary import LossHook
 
 
@@ -87,6 +88,7 @@ class Passes:
         self.smooths = smooths
         self.step = self.micro = 0  # of the next training forward
         self.last: StepRecord | None = None
+        self.predicts_next: bool | None = None  # not known before the model made a loss itself
         self.inside = False  # the host's forward runs
         self._pending: _Pending | None = None
 
@@ -102,6 +104,7 @@ class Passes:
                 "start one process per device instead (torchrun)"
             )
         self.inside, self._pending = True, None
+        self.chooser.start_pass()
         arguments = named_arguments(model, args, kwargs)
         labels, items = arguments.get("labels"), arguments.pop("num_items_in_batch", None)
         if model.training:
@@ -120,7 +123,7 @@ class Passes:
                 return None
             return (), arguments
         rows = row_count(model, arguments)
-        if labels is not None:
+        if labels is not None and not (has_shift(labels) and self.predicts_next is None):
             arguments = without_labels(model, arguments)
         self._pending = _Pending(times, rows, labels, items)
         return (), repeated(arguments, rows, times)
@@ -129,27 +132,34 @@ class Passes:
         """Forward hook of the host: the loss, and the rows that were asked for."""
         pending, plan = self._pending, self.chooser.plan
         self.inside, self._pending = False, None
-        self.chooser.ensemble = False
+        then = self.chooser.snapshot()
+        self.chooser.ensemble, self.chooser.plan = False, None
         if output is None:  # the forward has raised
             return None
         if pending is None:
-            return None if plan is None else self._single(model, output, plan)
-        logits = logits_of(model, output)
+            return None if plan is None else self._single(model, output, then)
         if plan is not None:
-            logits = _RecallPlan.apply(logits, self.chooser, plan)  # type: ignore[no-untyped-call]
+            output = recalling(output, self.chooser, then)
+        logits = logits_of(model, output)
         passes = list(logits.chunk(pending.times))
         rest = first_rows(output, pending.rows, pending.times)
         if plan is None:
             passes = [mean_prediction(model, passes)]
         loss = None
         if pending.labels is not None:
+            self.learn_shift(model, output, pending.labels)
             objective = Objective() if plan is None else self.objective
-            made = objective.loss(model, passes, pending.labels)
+            made = objective.loss(model, passes, pending.labels, self.predicts_next)
             items = max(made.count, 1) if pending.items is None else pending.items
             loss = made.total / torch.as_tensor(items, device=made.total.device)
             if plan is not None:
                 self.last = StepRecord(plan, made.errors, made.disagreement, made.count)
         return with_loss(rest, passes[0], loss, keep_cache=plan is None)
+
+    def learn_shift(self, model: nn.Module, output: Any, labels: Tensor) -> None:
+        """See from a loss that the model made itself at which position it wants its labels."""
+        if has_shift(labels) and self.predicts_next is None:
+            self.predicts_next = found_shift(logits_of(model, output), labels, loss_of(output))
 
     def before_encoder(
         self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,6 +171,8 @@ class Passes:
         if self.chooser.mode == "random_sentence":
             self.chooser.sentences = sentences_in(encoder, arguments)
         times = self.chooser.copies
+        if not self.inside:
+            self.chooser.start_pass()
         if self.inside or times == 1:
             return None
         self.chooser.ensemble = True
@@ -178,7 +190,7 @@ class Passes:
         if self.chooser.mode == "random_sentence" and not goes_on and not apart:
             self.chooser.sentences = sentences_in(model, arguments)
 
-    def _single(self, model: nn.Module, output: Any, plan: RoutingPlan) -> Any:
+    def _single(self, model: nn.Module, output: Any, then: dict[str, Any]) -> Any:
         """A training forward without labels: the same output, which recalls its plan."""
         made_loss = isinstance(output, dict) and output.get("loss") is not None
         if made_loss and torch.is_grad_enabled():
@@ -188,30 +200,7 @@ class Passes:
                 "with moduli.losses.consistency"
             )
 
-        def recall(value: Any) -> Any:
-            tensor = isinstance(value, Tensor) and value.requires_grad
-            return _RecallPlan.apply(value, self.chooser, plan) if tensor else value  # type: ignore[no-untyped-call]
-
-        if isinstance(output, dict):
-            for key, value in output.items():
-                output[key] = recall(value)
-            return output
-        return tuple(map(recall, output)) if isinstance(output, tuple) else recall(output)
-
-
-class _RecallPlan(torch.autograd.Function):
-    """The identity, whose backward brings back the plan of its forward: what is computed again
-    under activation checkpointing has to use the experts of its own pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, chooser: ThorChooser, plan: RoutingPlan) -> Tensor:
-        ctx.chooser, ctx.plan = chooser, plan
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.chooser.plan = ctx.plan
-        return grad, None, None
+        return recalling(output, self.chooser, then)
 
 
 class BeforeModel(LossHook):
