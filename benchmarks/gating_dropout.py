@@ -49,6 +49,7 @@ RECORD = ROOT / "benchmarks" / "results" / "gating_dropout" / "record.json"
 PAGE = ROOT / "docs" / "methods" / "gating-dropout.md"
 PLACE = re.compile(r"(<!-- gating:([\w-]+) -->\n).*?(<!-- /gating -->)", re.DOTALL)
 COMMAND = "`python benchmarks/gating_dropout.py`"
+ROUNDS = 16
 RATES = (0.1, 0.2, 0.3, 0.5)
 WORLDS = tuple(2**n for n in range(1, 11))
 
@@ -258,7 +259,7 @@ def measured_table(record: dict[str, Any]) -> str:
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()

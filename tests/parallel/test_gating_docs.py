@@ -29,6 +29,9 @@ def test_tables_of_the_page_are_made_from_the_record() -> None:
     record = json.loads(benchmark.RECORD.read_text(encoding="utf-8"))
     assert benchmark.filled(text, record) == text
     assert json.loads(json.dumps(benchmark.Cluster().__dict__)) == record["scaling"]["assumptions"]
+    # The printed command has no options.
+    assert {row["rounds"] for row in record["measured"]} == {benchmark.ROUNDS}
+    assert record["shape"] == benchmark.SHAPE
 
 
 def test_the_model_of_a_step() -> None:
