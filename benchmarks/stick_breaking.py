@@ -1,6 +1,7 @@
 """What stick-breaking attention costs on a CPU, relative to PyTorch's causal softmax attention.
 
     python benchmarks/stick_breaking.py [--rounds N] [--out DIRECTORY]
+    python benchmarks/stick_breaking.py --decoding [--rounds N] [--out DIRECTORY]
 
 12 heads of 64, float32, one thread, by the protocol of `moduli.bench.protocol` (CPU time,
 candidates taking turns, medians). Queries and keys are random, with a given mean of the logits:
@@ -12,7 +13,11 @@ only where float32 has nothing left of any stick of a tile; "exit" stops at 1e-7
              "published" forms all weights, with a product of [T, T] by a triangle
     error    of outputs and gradients against the same in float64, relative to the largest number
 
-The record goes to DIRECTORY/cpu.json.
+The record goes to DIRECTORY/cpu.json. With --decoding, to decoding.json: forward of one query over
+a cache, as a ratio to softmax attention of the same cache: one sequence; four with padding on the
+left, which both are told of; and one key of width 1024 that is its own value, for two queries, as
+in the published MoLM models. `stick_breaking_trained.py` does the same with logits that a model
+has learnt.
 """
 
 from __future__ import annotations
@@ -41,6 +46,14 @@ TIMES = (512, 1024, 2048, 4096)
 MEANS = (0.0, -2.0, -4.0, -6.0)
 LEARNT = (0.0, -6.0)  # means at which gradients are timed: the first and the last
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).resolve().parent / "results/stick_breaking"
+CACHES = (128, 256, 512, 1024, 2048, 4096)
+# Batch, heads of queries and of keys, width; whether the left half is padding for every other row.
+DECODED = {
+    "one sequence": (1, 12, 12, 64, False),
+    "four, padded": (4, 12, 12, 64, True),
+    "MoLM": (1, 2, 1, 1024, False),
+}
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -112,6 +125,61 @@ def timed(times: int, mean: float, rounds: int, rng: random.Random) -> dict[str,
     return row
 
 
+def decoded(
+    what: str, keys: int, mean: float, dtype: torch.dtype, rounds: int, rng: random.Random
+) -> dict[str, Any]:
+    """Ratios of one query over a cache."""
+    batch, heads, own, width, padded = DECODED[what]
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, heads, 1, width, generator=generator)
+    key, value = (torch.randn(batch, own, keys, width, generator=generator) for _ in range(2))
+    query[..., 0] = mean * width**0.5
+    key[..., 0] = 1
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    value = key if heads > own else value
+    mask = None
+    if padded:
+        mask = torch.ones(batch, keys, dtype=torch.bool)
+        mask[::2, : keys // 2] = False
+
+    def softmax() -> Tensor:
+        seen = None if mask is None else mask[:, None, None]
+        with fast_fp32():
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=seen, enable_gqa=heads > own
+            )
+
+    def stick(early_exit: float | None = None) -> object:
+        return stick_breaking_attention(query, key, value, key_mask=mask, early_exit=early_exit)
+
+    calls: dict[str, Callable[[], object]] = {
+        "softmax": softmax, "exact": stick, "exit": lambda: stick(EXIT),
+    }  # fmt: skip
+    with torch.no_grad():
+        found = {
+            n: t.median for n, t in measure(calls, Clock.of(CPU, 1), rounds=rounds, rng=rng).items()
+        }
+    ratios = {n: round(found[n] / found["softmax"], 3) for n in ("exact", "exit")}
+    return {"what": what, "keys": keys, "mean": mean, "dtype": str(dtype)[6:], **ratios}
+
+
+def decoding(record: dict[str, Any], rounds: int, rng: random.Random) -> None:
+    """Add the rows of --decoding."""
+    record["decoding"] = []
+    print(f"{'':14}{'':>10}{'keys':>6}{'mean':>6}{'exact':>9}{'exit':>9}   ratios to softmax")
+    for what in DECODED:
+        for dtype in (torch.float32, torch.bfloat16):
+            for keys in CACHES:
+                for mean in LEARNT:
+                    row = decoded(what, keys, mean, dtype, rounds, rng)
+                    record["decoding"].append(row)
+                    print(
+                        f"{what:14}{row['dtype']:>10}{keys:6}{mean:6}"
+                        f"{row['exact']:9.2f}{row['exit']:9.2f}",
+                        flush=True,
+                    )
+
+
 def grown(name: str, times: int, backward: bool) -> int:
     """MiB that the process has at most more, after one call, than after a small one."""
     command = [sys.executable, __file__, "--memory", name, str(times), str(int(backward))]
@@ -146,35 +214,14 @@ def errors(times: int, mean: float) -> dict[str, float]:
     return {n: float(f"{float((w - g).abs().max() / w.abs().max()):.2g}") for n, w, g in pairs}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results/stick_breaking"
-    )
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # of a process of its own
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.memory:
-        name, times, backward = options.memory
-        print(grow(name, int(times), bool(int(backward))))
-        return
-    step_in = "PyTorch" if native.library() is None else "C++"
-    print(f"{processor(CPU)}, torch {torch.__version__}, 1 thread, float32, tiles in {step_in}")
-    record: dict[str, Any] = {
-        "command": f"python benchmarks/stick_breaking.py --rounds {options.rounds}",
-        "machine": {
-            "processor": processor(CPU), "torch": torch.__version__, "threads": 1,
-            "fast_fp32": fp32_is_safe(), "tiles": step_in, "load": os.getloadavg()[0],
-        },
-        "time": [], "memory": [], "error": [],
-    }  # fmt: skip
-    rng = random.Random(0)
+def whole(record: dict[str, Any], rounds: int, rng: random.Random) -> None:
+    """Add the rows of whole sequences."""
+    record |= {"time": [], "memory": [], "error": []}
     print(f"{'':12}{'forward':>18}{'with backward':>18}   ratios to softmax")
     print(f"{'T':>6}{'mean':>6}{'exact':>9}{'exit':>9}{'exact':>9}{'exit':>9}")
     for times in TIMES:
         for mean in MEANS:
-            row = timed(times, mean, options.rounds, rng)
+            row = timed(times, mean, rounds, rng)
             record["time"].append(row)
             cells = [
                 row[way][n]
@@ -194,8 +241,44 @@ def main() -> None:
     for mean in MEANS:
         record["error"].append({"times": TIMES[-1], "mean": mean, **errors(TIMES[-1], mean)})
         print(f"errors at mean {mean}: {record['error'][-1]}", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def opened(command: str) -> dict[str, Any]:
+    """A record without rows."""
+    step_in = "PyTorch" if native.library() is None else "C++"
+    print(f"{processor(CPU)}, torch {torch.__version__}, 1 thread, tiles in {step_in}")
+    return {
+        "command": f"python {command}",
+        "machine": {
+            "processor": processor(CPU), "torch": torch.__version__, "threads": 1,
+            "fast_fp32": fp32_is_safe(), "tiles": step_in, "load": os.getloadavg()[0],
+        },
+    }  # fmt: skip
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Keep a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--decoding", action="store_true", help="one query over a cache")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # of a process of its own
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory:
+        name, times, backward = options.memory
+        print(grow(name, int(times), bool(int(backward))))
+        return
+    mode = "--decoding " if options.decoding else ""
+    record = opened(f"benchmarks/stick_breaking.py {mode}--rounds {options.rounds}")
+    (decoding if options.decoding else whole)(record, options.rounds, random.Random(0))
+    write(record, options.out / ("decoding.json" if options.decoding else "cpu.json"))
 
 
 if __name__ == "__main__":
