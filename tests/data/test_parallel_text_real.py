@@ -65,6 +65,26 @@ def test_no_english_text_is_learnt_and_tested(descriptions: Task) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "part"), [("descriptions", "short"), ("sentences", "sentence")])
+def test_no_project_is_learnt_and_tested(name: str, part: str) -> None:
+    task = load_task(f"debian-{name}")
+    table: dict[str, list[Any]] = pq.read_table(
+        fetch("debian-descriptions") / "debian-descriptions.parquet",
+        columns=["source", "projects"],
+        filters=[("part", "=", part)],
+    ).to_pydict()
+    projects = dict(zip(table["source"], table["projects"], strict=True))
+    train, validation, test = (
+        {one for text in texts(task, split) for one in projects[text].split(" ")}
+        for split in ("train", "validation", "test")
+    )
+    assert not train & test
+    assert not train & validation
+    assert not validation & test
+    assert len(test) > 200
+
+
+@pytest.mark.slow
 def test_wesnoth_keeps_a_campaign_for_testing() -> None:
     task = load_task("wesnoth", domains=("de", "fi", "ja"))
     assert list(task.domains) == ["de", "fi", "ja"]

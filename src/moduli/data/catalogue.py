@@ -341,7 +341,7 @@ PACKAGES: tuple[Package, ...] = (
         ),
         licence="every description under the free licence of its package (Debian main); no single "
         "statement covers the translations",
-        converter="debian_descriptions",
+        converter="debian",
     ),
     Package(
         name="wesnoth",

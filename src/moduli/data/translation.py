@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ HELD_OUT = "ttb"
 """The campaign of Wesnoth to be tested on, "A Tale of Two Brothers"."""
 TEST, VALIDATION = 0.1, 0.05
 """Shares of the projects; of Wesnoth's other campaigns, both are for validation."""
+STRICTEST = ("test", "validation", "train")
+"""Which split keeps a text of Wesnoth that several have."""
 HARD = "hard"
 """Column of test rows: whether a row resembles no row of training in any language."""
 
@@ -42,41 +45,43 @@ def language_of(source: str) -> str | None:
 
 
 def debian_rows(table: Columns) -> list[Row]:
-    """Rows of `debian-descriptions.parquet`; a project is a document, and lies in one split.
+    """Rows of `debian-descriptions.parquet`; a project lies in one split.
+
+    Texts that projects of several splits share are left out.
 
     Args:
         table: columns as `moduli.data.convert.debian` writes them, of some languages.
     """
-    columns = (table[name] for name in ("source", "target", "language", "project"))
-    return [
-        Row(_values(a, b, language), same_text(a), language, project, split_of(project))
-        for a, b, language, project in zip(*columns, strict=True)
-    ]
+    rows = []
+    columns = (table[name] for name in ("source", "target", "language", "projects"))
+    for a, b, language, projects in zip(*columns, strict=True):
+        splits = {split_of(project) for project in projects.split(" ")}
+        if len(splits) == 1:
+            rows.append(Row(_values(a, b, language), same_text(a), language, None, splits.pop()))
+    return rows
 
 
 def wesnoth_rows(table: Columns, languages: Collection[str]) -> list[Row]:
-    """Rows of `wesnoth.parquet`; a message is a document, and one campaign is for testing.
+    """Rows of `wesnoth.parquet`; a message lies in one split, and one campaign is for testing.
 
-    What is said in that campaign, in any language, is left out of the others.
+    What messages of several splits say, in whatever language they were translated, is kept in the
+    test, else in the validation rows only.
 
     Args:
         table: columns as `moduli.data.convert.wesnoth` writes them, of all languages.
         languages: whose rows to return.
     """
-    spoken = zip(table["source"], table["campaign"], strict=True)
-    held_out = {same_text(source) for source, campaign in spoken if campaign == HELD_OUT}
+    homes: dict[str, set[str]] = defaultdict(set)
+    found = []
     columns = (table[name] for name in ("source", "target", "language", "campaign", "message"))
-    rows = []
     for a, b, language, campaign, message in zip(*columns, strict=True):
-        if language not in languages:
-            continue
-        document, text, split = f"{campaign} {message}", same_text(a), "test"
+        text, split = same_text(a), "test"
         if campaign != HELD_OUT:
-            if text in held_out:
-                continue
-            split = "train" if split_of(document) == "train" else "validation"
-        rows.append(Row(_values(a, b, language), text, language, document, split))
-    return rows
+            split = "train" if split_of(f"{campaign} {message}") == "train" else "validation"
+        homes[text].add(split)
+        if language in languages:
+            found.append(Row(_values(a, b, language), text, language, None, split))
+    return [row for row in found if row.split == min(homes[row.content], key=STRICTEST.index)]
 
 
 def split_of(document: str) -> str:
@@ -91,13 +96,13 @@ def _values(source: str, target: str, language: str) -> dict[str, Any]:
 
 
 def core(source: str) -> str:
-    """What a description is about, without tag, brackets, and what follows a dash.
+    """What a description is about, without tag, brackets, and what follows a dash or a colon.
 
-    Many descriptions are made from one pattern: "KDE calendar (data)" and "KDE calendar -
-    development files" are both "kde calendar".
+    Many descriptions are made from one pattern: "KDE calendar (data)", "KDE calendar: icons" and
+    "KDE calendar - development files" are all "kde calendar".
     """
     text = re.sub(r"\s*\([^)]*\)", "", TAG.sub("", source))
-    return same_text(re.split(r"\s-+\s", text)[0])
+    return same_text(re.split(r"\s[-–—]+\s|:\s", text)[0])
 
 
 def mark_hard(domains: dict[str, Splits]) -> dict[str, Splits]:

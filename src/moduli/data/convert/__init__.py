@@ -21,7 +21,7 @@ from moduli.data.convert.whisper_ct2 import whisper_ct2_to_pretrained
 
 CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     "brown": brown_to_table,
-    "debian_descriptions": debian_descriptions_to_table,
+    "debian": debian_descriptions_to_table,
     "emoji": emoji_to_tables,
     "gguf": gguf_to_pretrained,
     "manpages": manpages_to_table,

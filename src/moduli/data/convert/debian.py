@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +29,9 @@ def debian_descriptions_to_table(source: Path, out: Path) -> None:
 
     Columns: `source` (English), `target`, `language` ("cs", ...), `part` ("short" for the line
     that names a package's purpose, "sentence" for those of its paragraphs), `package` (the first
-    that has this description) and `project` (`project_of` the source package; of a text that
-    several share, the first one's in every language, so that to keep projects apart is to keep
-    texts apart). Equal pairs are there once per language and part; short ones that were not
+    that has this description) and `projects` (`project_of` the source packages of all that have
+    this English text in any description, with spaces between them; the same in every language).
+    Equal pairs are there once per language and part; short ones that were not
     translated are left out, and which sentences are kept says `sentence_pairs`: of paragraphs
     where both sides have equally many, without lists. Rows are in order of language, part, and
     package.
@@ -49,8 +50,8 @@ def debian_descriptions_to_table(source: Path, out: Path) -> None:
         stanza["Package"][0]: stanza.get("Source", stanza["Package"])[0].split()[0]
         for stanza in stanzas(source / "Packages")
     }
-    rows: list[tuple[str, str, str, str, str, str]] = []
-    owners: dict[str, str] = {}
+    rows: list[tuple[str, str, str, str, str]] = []
+    owners: dict[str, set[str]] = defaultdict(set)
     for path in sorted(source.glob("Translation-*")):
         language = path.name.removeprefix("Translation-")
         if language == "en":
@@ -59,16 +60,17 @@ def debian_descriptions_to_table(source: Path, out: Path) -> None:
         for md5, (_, lines) in _descriptions(path, language).items():
             if md5 not in english:
                 continue  # of an older version of the package
-            package, original = english[md5]
-            project = project_of(origins.get(package, package))
+            packages, original = english[md5]
+            projects = {project_of(origins.get(package, package)) for package in packages}
             for part, a, b in _pairs(original, lines):
+                owners[same_text(a)] |= projects
                 if (part, a, b) not in seen:
                     seen.add((part, a, b))
-                    owner = owners.setdefault(same_text(a), project)
-                    rows.append((a, b, language, part, package, owner))
+                    rows.append((a, b, language, part, packages[0]))
     rows.sort(key=lambda row: (row[2], row[3] != "short", row[4], row[0], row[1]))
-    names = ("source", "target", "language", "part", "package", "project")
+    names = ("source", "target", "language", "part", "package")
     columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    columns["projects"] = [" ".join(sorted(owners[same_text(row[0])])) for row in rows]
     write_table(out / "debian-descriptions.parquet", columns)
     shutil.copyfile(source / "InRelease", out / "InRelease")
 
@@ -108,13 +110,13 @@ def stanzas(path: Path) -> Iterator[Stanza]:
         yield fields
 
 
-def _descriptions(path: Path, language: str) -> dict[str, tuple[str, list[str]]]:
-    """By MD5 of the English, the first package that has it and the lines of the description."""
-    found: dict[str, tuple[str, list[str]]] = {}
+def _descriptions(path: Path, language: str) -> dict[str, tuple[list[str], list[str]]]:
+    """By MD5 of the English, the packages that have it and the lines of the description."""
+    found: dict[str, tuple[list[str], list[str]]] = {}
     for stanza in stanzas(path):
         try:
             (md5,), lines = stanza["Description-md5"], stanza[f"Description-{language}"]
-            found.setdefault(md5, (stanza["Package"][0], lines))
+            found.setdefault(md5, ([], lines))[0].append(stanza["Package"][0])
         except (KeyError, ValueError):
             raise FetchError(
                 f"{path.name} is no list of descriptions in {language!r}: a package of it has the "
