@@ -31,7 +31,7 @@ class Recalled:
         """Be as at a snapshot until the backward that runs has ended."""
         if self.outside is None:
             self.outside = self.snapshot()
-            Variable._execution_engine.queue_callback(self.end_recall)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self.end_recall)
         vars(self).update(then)
 
     def end_recall(self) -> None:

@@ -13,12 +13,14 @@ neurons, N experts.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moduli.errors import ModelError
 from moduli.surgery.locate import FFN
@@ -87,6 +89,7 @@ class StochasticProjection(nn.Module):
         self.layer = layer
         self.last = last
         self.limit: Limit | None = None
+        self._kept = KeptMeans()
 
     @property
     def weight(self) -> Tensor:
@@ -145,7 +148,8 @@ class StochasticProjection(nn.Module):
 
     def _mean(self, x: Tensor) -> Tensor:
         if all(is_stock(expert) for expert in self.experts):
-            made: Tensor = torch.func.functional_call(self.experts[0], mean_tensors(self), (x,))
+            tensors = self._kept(self, reuse=not (self.training or torch.is_grad_enabled()))
+            made: Tensor = torch.func.functional_call(self.experts[0], tensors, (x,))
             return made
         # The mean of linear maps is the map by the mean: true with an adapter on each as well.
         return torch.stack([expert(x) for expert in self.experts]).mean(0)
@@ -190,6 +194,59 @@ def perturb(model: nn.Module, noise: float, seed: int) -> None:
             weight = weight_of(expert)
             drawn = torch.randn(weight.shape, generator=generator).to(weight)
             weight.add_(drawn * (noise * weight.std()))
+
+
+class KeptMeans:
+    """The means of a projection's copies, kept in evaluation while none of them changes.
+
+    They are made again if a copy is other memory than it was, if its version counter has moved, or,
+    in main memory, if a sample of its numbers is another one, since `.data` passes by the counter.
+    It is not copied or pickled with its owner.
+    """
+
+    def __init__(self) -> None:
+        self._value: dict[str, Tensor] = {}
+        self._sources: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor | None]] = []
+
+    def __call__(self, projection: StochasticProjection, reuse: bool) -> dict[str, Tensor]:
+        """`mean_tensors(projection)`, now or as it was; `reuse`: whether it may be kept."""
+        sources = [p for expert in projection.experts for p in expert.parameters()]
+        reuse = reuse and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+        if not reuse or any(p.is_inference() or type(p) is not nn.Parameter for p in sources):
+            self.__init__()  # type: ignore[misc]
+            return mean_tensors(projection)
+        if not self._still(sources):
+            self._value = mean_tensors(projection)
+            self._sources = [(weakref.ref(p), _stamp(p), _sample(p)) for p in sources]
+        return self._value
+
+    def _still(self, sources: Sequence[Tensor]) -> bool:
+        if len(sources) != len(self._sources):
+            return False
+        for now, (was, stamp, sample) in zip(sources, self._sources, strict=True):
+            if was() is not now or stamp != _stamp(now):
+                return False
+            if sample is not None and not torch.equal(sample, _sample(now)):  # type: ignore[arg-type]
+                return False
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptMeans:
+        return KeptMeans()
+
+    def __reduce__(self) -> tuple[type[KeptMeans], tuple[()]]:
+        return KeptMeans, ()
+
+
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    place = tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype
+    return tensor._version, *place
+
+
+def _sample(tensor: Tensor) -> Tensor | None:
+    """Up to 64 numbers from everywhere in a tensor; None where reading them would wait."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    return tensor.detach().view(-1)[:: (tensor.numel() // 64) | 1].clone()
 
 
 def mean_tensors(projection: StochasticProjection) -> dict[str, Tensor]:
