@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moduli.errors import ModelError
 from moduli.experts.ffn import merged_out_bias
+from moduli.routing import ExpertChoiceRouter, Router, SwitchRouter
 from moduli.surgery.convert import (
     recorded_layout,
     set_layout,
@@ -53,7 +54,8 @@ def merge(model: nn.Module, *, exact: bool = False) -> MergeReport:
 
     Args:
         model: a modular model.
-        exact: refuse if a dense FFN cannot compute what the experts do, instead of averaging.
+        exact: refuse if a dense FFN cannot compute what the experts do, instead of averaging and
+            leaving out what the router's weights scale.
 
     Returns:
         What was merged and whether anything had to be averaged.
@@ -154,11 +156,28 @@ def _require_exact(layer: RoutedLayer) -> None:
             "apart, and no single dense FFN computes what they do. merge(model) averages the "
             "copies of every neuron; moduli.save measures what that changes"
         )
+    copies = isinstance(layer, OwnedExperts) and len(layer.members[0]) == layer.width
+    if copies and not _sum_to_one(layer.router):
+        raise ModelError(
+            f"{layer.ffn.name} cannot be merged exactly: its experts are equal copies, but their "
+            "output is scaled by weights that do not sum to 1, which no dense FFN does. "
+            "merge(model) leaves the weights out; moduli.save measures what that changes"
+        )
     if isinstance(layer, RoutedActivation) and dense_bias(layer)[1]:
         raise ModelError(
             f"{layer.ffn.name} cannot be merged exactly: the output biases of its experts were "
             "trained apart. merge(model) averages them"
         )
+
+
+def _sum_to_one(router: Router) -> bool:
+    """Whether a token's weights sum to 1, so that equal copies compute what the dense FFN does."""
+    combine, several = router.rule.combine, router.rule.top_k > 1
+    if router.by_ids or (several and isinstance(router, SwitchRouter)):
+        return True
+    if combine == "softmax":  # of one choice it is the probability
+        return several or isinstance(router, ExpertChoiceRouter)
+    return combine == "straight_through" and not several
 
 
 def is_averaged(layer: RoutedLayer) -> bool:

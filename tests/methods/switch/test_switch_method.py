@@ -351,8 +351,33 @@ def test_merging_untrained_copies_restores_every_tensor(family: str) -> None:
     model = tiny.build(family)
     before = digests(model)
     moduli.convert(model, moduli.Switch(num_experts=3, layers="all"))
-    assert moduli.merge(model, exact=True).exact
+    assert moduli.merge(model).exact
     assert digests(model) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("settings", "exact"),
+    [
+        ({}, False),
+        ({"gate_scale": "prob_times_E"}, False),
+        ({"gate_scale": "one"}, True),
+        ({"top_k": 2}, True),
+    ],
+)
+def test_merging_is_exact_only_if_no_weight_scales_the_output(
+    settings: dict[str, Any], exact: bool
+) -> None:
+    model, batch = families.build("bert").eval(), families.inputs("bert")
+    moduli.convert(model, moduli.Switch(num_experts=3, layers="all", **settings))
+    routed = model(**batch).logits
+    if not exact:
+        with pytest.raises(ModelError, match="scaled by weights that do not sum to 1"):
+            moduli.merge(model, exact=True)
+        assert torch.equal(model(**batch).logits, routed)
+        return
+    moduli.merge(model, exact=True)
+    torch.testing.assert_close(model(**batch).logits, routed, rtol=1e-5, atol=1e-5)
 
 
 def test_trained_copies_cannot_be_merged_exactly() -> None:
