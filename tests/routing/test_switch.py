@@ -43,6 +43,7 @@ def loads(routing: Routing, num_experts: int, kept: bool, rows: slice = slice(No
         ({"rounding": "fairseq", "in_evaluation": True, "share": 0.0}, 14, 1, False, 4),
         ({"rounding": "deepspeed", "factor": 1.0}, 14, 1, True, 4),
         ({"rounding": "deepspeed", "factor": 1.1}, 40, 1, True, 11),
+        ({"rounding": "deepspeed", "factor": 1.2}, 100, 1, True, 31),  # float32: 30.000002
         ({"rounding": "deepspeed", "factor": 1.0, "minimum": 9}, 14, 1, True, 9),
         ({"rounding": "tutel", "factor": 1.25}, 14, 2, True, 10),
         ({"rounding": "tutel", "factor": -1.25}, 14, 2, True, 10),

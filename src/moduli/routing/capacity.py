@@ -4,7 +4,8 @@ First choices of all tokens come before any second choice, and inside one rank t
 by priority or by position. How many slots an expert has is rounded differently by every code base:
 
     fairseq       K floor(c ceil(T / E)), at evaluation a share of all tokens, ceil(f T)
-    deepspeed     max(ceil(c K T / E), minimum); which tokens get the slots is left to chance
+    deepspeed     max(ceil(c K T / E), minimum), the product in float32, where 1.2 * 25 is above 30;
+                  which tokens get the slots is left to chance
     tutel         K floor(|c| ceil(T / E)); c = 0 drops nothing, c < 0 takes no more than needed
     huggingface   a number of its own, counted in every sequence of the batch
 
@@ -148,7 +149,8 @@ class Capacity:
             return self.per_sequence
         assert self.factor is not None
         if self.rounding == "deepspeed":
-            return max(math.ceil(tokens / num_experts * self.factor * top_k), self.minimum)
+            share = _single(tokens / num_experts) * _single(self.factor * top_k)
+            return max(math.ceil(_single(share)), self.minimum)
         if self.rounding == "fairseq" and not training and self.share:
             return math.ceil(self.share * tokens)
         return capacity(tokens, num_experts, top_k, self.factor)
@@ -194,6 +196,12 @@ class Capacity:
         if self.order == "random" and context.training:
             return torch.rand(len(scores), device=scores.device, generator=context.generator)
         return None
+
+
+def _single(number: float) -> float:
+    """The nearest float32 of a normal number."""
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
 
 
 def _sequences(context: RouteContext, experts: Int[Tensor, "T K"]) -> tuple[int, Int[Tensor, " T"]]:

@@ -49,7 +49,8 @@ class HashRouter(Router):
         """One expert per token, with weight 1 and without scores.
 
         Raises:
-            ModelError: the ids of the tokens are not known.
+            ModelError: the ids of the tokens are not known, or not in the table (on a CPU, since
+                looking would wait for another device).
             ConfigError: several experts per token are asked for.
         """
         if context.ids is None:
@@ -62,7 +63,14 @@ class HashRouter(Router):
             raise ConfigError(
                 f"top_k is {self.rule.top_k}, but a table has one expert per token; set it to 1"
             )
-        experts = self.table[context.ids][:, None]
+        try:
+            experts = self.table[context.ids][:, None]
+        except IndexError as error:
+            raise ModelError(
+                f"the table of this layer has {len(self.table)} tokens, and token "
+                f"{int(context.ids.max())} is none of them; if tokens were added to the model, "
+                "merge it (moduli.merge) and convert it again, with its new vocabulary"
+            ) from error
         return Routing(experts, torch.ones_like(experts, dtype=scores.dtype))
 
     def extra_repr(self) -> str:

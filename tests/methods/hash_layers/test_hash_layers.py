@@ -189,3 +189,11 @@ def test_settings_that_cannot_work(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         moduli.HashLayers(**settings)
+
+
+def test_a_token_that_was_added_later_has_no_expert() -> None:
+    model = hashed("bert")
+    model.resize_token_embeddings(families.VOCAB + 4)
+    assert model(**text("bert")).logits.isfinite().all()
+    with pytest.raises(ModelError, match=rf"has {families.VOCAB} tokens, and token .*convert it"):
+        model(input_ids=torch.tensor([[families.VOCAB + 1, 3]]))
