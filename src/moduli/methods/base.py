@@ -92,19 +92,29 @@ class Method:
 
 
 def settle(config: Any) -> None:
-    """What `__post_init__` of every method that routes does first: freeze `layers`, check `top_k`.
+    """What `__post_init__` of every method with experts does first: freeze `layers`, check numbers.
 
     Args:
-        config: a method with the settings `layers`, `num_experts` and `top_k`.
+        config: a method with the settings `layers` and `num_experts`, and `top_k` if it routes.
 
     Raises:
-        ConfigError: no expert, or more experts per token than there are.
+        ConfigError: a setting that has to be a whole number and is none, or one layer instead of a
+            list; no expert, or more experts per token than there are.
     """
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        whole = setting.type == "int" or (setting.type == "int | None" and value is not None)
+        if whole and not hasattr(value, "__index__"):
+            raise ConfigError(f"{setting.name} is {value!r}; it has to be a whole number")
+    if isinstance(config.layers, int):
+        raise ConfigError(
+            f"layers is {config.layers}; give a list, [{config.layers}], or 'last:{config.layers}'"
+        )
     if not isinstance(config.layers, str):
         object.__setattr__(config, "layers", tuple(config.layers))
     if config.num_experts < 1:
         raise ConfigError(f"num_experts is {config.num_experts}; at least 1 is needed")
-    if not 1 <= config.top_k <= config.num_experts:
+    if not 1 <= getattr(config, "top_k", 1) <= config.num_experts:
         raise ConfigError(
             f"top_k is {config.top_k}, but there are {config.num_experts} experts; "
             f"choose 1 to {config.num_experts}"

@@ -63,3 +63,19 @@ def test_a_report_needs_labels() -> None:
     decoder, batch = build("llama"), labelled("llama")
     with pytest.raises(DataError, match="no position of the batches has a label"):
         moduli.thor_report(decoder, {**batch, "labels": batch["labels"].fill_(-100)})
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"layers": 3}, r"give a list, \[3\]"),
+        ({"num_experts": 2.5}, "num_experts is 2.5"),
+        ({"passes": 2.0}, "passes is 2.0"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"inference_seed": 1.5}, "inference_seed is 1.5"),
+    ],
+)
+def test_settings_of_another_type_are_named(settings: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        moduli.THOR(**settings)

@@ -136,3 +136,14 @@ def test_what_is_converted_is_not_converted_again() -> None:
         moduli.convert(build("bert"), moduli.EMoE())
     with pytest.raises(ModelError, match="no stochastic experts"):
         moduli.set_inference(tiny.build("bert"), "average")
+
+
+@torch.no_grad()
+def test_the_seed_of_an_inference_mode_is_saved(tmp_path: Path) -> None:
+    model, batch = parted(build("bert", num_experts=4), by=1.0).eval(), families.inputs("bert")
+    moduli.set_inference(model, "random_sentence", seed=7)
+    expected = model(**batch).logits
+    moduli.save(model, tmp_path / "seven")
+    assert torch.equal(moduli.load(tmp_path / "seven").eval()(**batch).logits, expected)
+    moduli.set_inference(model, "random_sentence")
+    assert not torch.equal(model(**batch).logits, expected)

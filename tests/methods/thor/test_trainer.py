@@ -187,3 +187,15 @@ def test_lora_trains_experts_in_full() -> None:
     back = finish(prepared.eval())
     assert torch.isfinite(back(**batch).logits).all()
     moduli.merge(back, exact=True)
+
+
+def test_a_model_that_the_trainer_makes_itself_is_told_its_steps(tmp_path: Path) -> None:
+    trainer = Trainer(
+        model_init=lambda: build("bert"),
+        args=arguments(tmp_path, max_steps=3, save_strategy="no"),
+        train_dataset=tiny.rows("bert", 16),
+    )
+    trainer.train()
+    record = last_step(trainer.model)
+    assert record is not None
+    assert (record.plan.step, record.plan.micro) == (2, 0)

@@ -23,7 +23,7 @@ from torch import nn
 
 from moduli.errors import ConfigError
 from moduli.losses.consistency import Smoothing
-from moduli.methods.base import Method, Progress
+from moduli.methods.base import Method, Progress, settle
 from moduli.methods.thor.chooser import ThorChooser, check_mode
 from moduli.methods.thor.objective import Objective
 from moduli.methods.thor.passes import Passes, hang_in
@@ -63,6 +63,7 @@ class THOR(Method):
             "ensemble_prob", "random_sentence", "random_token", "random_position" or
             "random_batch"; None: "average" or as the preset says. `set_inference` changes it.
         seed: of the routing plan, of the noise and of random modes.
+        inference_seed: of random modes, where it is another one.
     """
 
     name: ClassVar[str] = "thor"
@@ -80,12 +81,10 @@ class THOR(Method):
     noise: float = 0.0
     inference: str | None = None
     seed: int = 0
+    inference_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if self.num_experts < 1:
-            raise ConfigError(f"num_experts is {self.num_experts}; at least 1 is needed")
+        settle(self)
         if self.preset not in (None, "paper"):
             raise ConfigError(f"preset is {self.preset!r}; it may be 'paper' or None")
         if self.passes < 1:
@@ -178,7 +177,8 @@ class THOR(Method):
         self._install(model, laid_out(model, layout), layout)
 
     def _install(self, model: nn.Module, ffns: list[FFN], layout: Layout) -> None:
-        chooser = ThorChooser(self.num_experts, self.mode, self.seed)
+        seed = self.seed if self.inference_seed is None else self.inference_seed
+        chooser = ThorChooser(self.num_experts, self.mode, seed)
         copy_projections(ffns, self.num_experts, chooser)
         align_parameters(model)
         draw = functools.partial(_plan, self.seed, len(ffns), self.num_experts, self.pair)

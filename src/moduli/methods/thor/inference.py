@@ -35,7 +35,7 @@ def set_inference(model: nn.Module, mode: str, *, seed: int | None = None) -> No
         model: a THOR model, or what PEFT or DDP has made of it.
         mode: "average", "fixed:0", "ensemble_layer", "ensemble_prob", "random_sentence",
             "random_token", "random_position" or "random_batch".
-        seed: of what random modes draw, which start anew; None: that of the method.
+        seed: of what random modes draw, which start anew; saved, too. None: that of the method.
 
     Raises:
         ConfigError: there is no such mode, or no such expert.
@@ -44,7 +44,8 @@ def set_inference(model: nn.Module, mode: str, *, seed: int | None = None) -> No
     passes = passes_of(model)
     host, layout = recorded_layout(model)
     passes.chooser.set_mode(mode, int(layout.config["seed"]) if seed is None else seed)
-    set_layout(host, replace(layout, config={**layout.config, "inference": mode}))
+    config = {**layout.config, "inference": mode, "inference_seed": seed}
+    set_layout(host, replace(layout, config=config))
 
 
 @dataclass(frozen=True)

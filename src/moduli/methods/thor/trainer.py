@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 from moduli.errors import ConfigError
-from moduli.methods.thor.passes import BeforeModel, Passes
+from moduli.methods.thor.passes import BeforeModel, passes_of
 from moduli.training.auxiliary import loss_maker
 
 _MARK = "_moduli_follows_steps"
@@ -33,14 +33,14 @@ def follow_trainer() -> None:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         hook = loss_maker(self.model)
         if isinstance(hook, BeforeModel):
-            _prepare(self, hook.passes)
+            _prepare(self)
         return original(self, *args, **kwargs)
 
     setattr(train, _MARK, True)
     Trainer.train = train  # type: ignore[method-assign]
 
 
-def _prepare(trainer: Any, passes: Passes) -> None:
+def _prepare(trainer: Any) -> None:
     if trainer.label_smoother is not None:
         raise ConfigError(
             f"label_smoothing_factor is {trainer.args.label_smoothing_factor}, but the Trainer's "
@@ -56,30 +56,34 @@ def _prepare(trainer: Any, passes: Passes) -> None:
     trainer.model_accepts_loss_kwargs = True
     callbacks = trainer.callback_handler.callbacks
     callbacks[:] = [c for c in callbacks if type(c).__name__ != "FollowSteps"]
-    callbacks.insert(0, _callback(passes))  # before those that report what is logged
+    callbacks.insert(0, _callback())  # before those that report what is logged
 
 
-def _callback(passes: Passes) -> Any:
+def _callback() -> Any:
     from transformers import TrainerCallback
 
     class FollowSteps(TrainerCallback):
-        """Tells the model its step, and the log how far its passes are apart."""
+        """Tells the model its step, and the log how far its passes are apart.
+
+        The model is the one that trains: `model_init` makes another than was there before.
+        """
 
         apart, labels = 0.0, 0
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
             """The first forward of a step is to come."""
-            passes.start_step(state.global_step)
+            passes_of(known["model"]).start_step(state.global_step)
 
-        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_substep_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
             """One of several forwards of a step is done."""
-            if passes.last is not None:
-                self.apart += float(passes.last.disagreement)
-                self.labels += passes.last.count
+            last = passes_of(known["model"]).last
+            if last is not None:
+                self.apart += float(last.disagreement)
+                self.labels += last.count
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
             """The last one is."""
-            self.on_substep_end(args, state, control)
+            self.on_substep_end(args, state, control, **known)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             """Add the disagreement per label since the last log, in the unit of the loss."""
