@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from moduli.parallel import GatingDropout, gating_dropout, spread_experts
 from moduli.parallel.layer import GatedLayer
 from moduli.routing import LinearRouter, Rule
 from tests import families, tiny
+from tests.parallel.gating_ranks import build as ranks_model
+from tests.parallel.gating_ranks import tokens
 
 ALWAYS = GatingDropout(p=1.0)
 IDS = torch.arange(3, 3 + 4 * 5).reshape(4, 5)
@@ -199,16 +202,63 @@ def test_checkpointing_recomputes_with_the_same_decision() -> None:
         assert torch.equal(grad, grads[1][name]), name
 
 
-def test_a_copy_of_the_model_drops_by_itself() -> None:
+def copied(model: Any, way: str) -> Any:
+    if way == "deepcopy":
+        return copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_has_steps_of_its_own(way: str) -> None:
     model = upcycled()
-    gating_dropout(model, ALWAYS, ranks=2).set_step(0)
-    twin = copy.deepcopy(model)
+    attached = gating_dropout(model, ALWAYS, ranks=2)
+    attached.set_step(0)
+    expected = model(input_ids=IDS).logits
+    twin = copied(model, way)
+    with pytest.raises(ModelError, match="A copy of a model"):
+        twin(input_ids=IDS)
+    gating_dropout(twin, ALWAYS, ranks=2).set_step(0)
+    assert torch.equal(twin(input_ids=IDS).logits, expected)
+    with pytest.raises(ModelError, match="already"):
+        gating_dropout(twin, ALWAYS, ranks=2)
+    with pytest.raises(ModelError, match="already"):  # the original still is under it
+        gating_dropout(model, ALWAYS, ranks=2)
+    attached.remove()
+    assert not torch.equal(model(input_ids=IDS).logits, expected)
+    assert torch.equal(twin(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("config", [ALWAYS, GatingDropout(p=1.0, local_policy="masked_gate")])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_ranks_have_whole_rows_also_where_a_model_flattens_them(
+    family: str, config: GatingDropout
+) -> None:
+    model = ranks_model(family)
+    ids = tokens()[:3]
+    for module in model.modules():  # OPT
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    gating_dropout(model, config, ranks=2).set_step(0)
+    logits = model(input_ids=ids).logits.detach()
     with torch.no_grad():
-        for parameter in layer_of(model).parameters():
-            parameter.zero_()
-    twin(input_ids=IDS, labels=IDS).loss.backward()
-    assert layer_of(twin).experts.down_proj.grad.abs().max() > 0
-    assert layer_of(model).experts.down_proj.grad is None
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter[2:] += 0.5 * torch.randn_like(parameter[2:])
+    changed = model(input_ids=ids).logits.detach()
+    torch.testing.assert_close(changed[:2], logits[:2])
+    assert ((changed[2] - logits[2]).abs().amax(-1) > 1e-4).all()
+
+
+def test_rows_of_tokens_that_come_flat_from_nowhere_are_refused() -> None:
+    model = ranks_model("opt")
+    gating_dropout(model, ALWAYS, ranks=2).set_step(0)
+    model(input_ids=tokens())  # rows of this pass say nothing of the next
+    layer = model.model.decoder.layers[0].fc2
+    with pytest.raises(ModelError, match="nothing tells the rows of 6 tokens"):
+        layer(torch.randn(6, tiny.WIDTH))
 
 
 # --- the Trainer ----------------------------------------------------------------------------------
@@ -261,8 +311,34 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         GatingDropout(p=0.1, mode="gatedrop")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="masked_gate"):
         GatingDropout(p=0.1, local_policy="masked")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="seed is -1"):
-        GatingDropout(p=0.1, seed=-1)
+    seeds: tuple[Any, ...] = (-1, 2**128, 1.5, "0")
+    for seed in seeds:
+        with pytest.raises(ConfigError, match="whole number from 0 to"):
+            GatingDropout(p=0.1, seed=seed)
+    assert GatingDropout(p=0.1, seed=2**128 - 1).decisions(0, 2)
+    with pytest.raises(ConfigError, match=r"p is '0\.3'"):
+        GatingDropout(p="0.3")  # type: ignore[arg-type]
+    steps: tuple[Any, ...] = (-1, 1.5, 2**64, None)
+    attached = gating_dropout(upcycled(), ALWAYS, ranks=2)
+    for step in steps:
+        with pytest.raises(ConfigError, match="expected how many optimiser steps"):
+            attached.set_step(step)
+    assert attached.step is None
+
+
+def test_removing_twice_leaves_what_came_in_between() -> None:
+    model = upcycled()
+    first = gating_dropout(model, ALWAYS, ranks=2)
+    first.remove()
+    first.remove()
+    second = gating_dropout(model, ALWAYS, ranks=2)
+    first.remove()
+    second.set_step(0)
+    with pytest.raises(ModelError, match="already"):
+        gating_dropout(model, ALWAYS, ranks=2)
+    assert "select" in vars(layer_of(model).router)
+    second.remove()
+    assert "select" not in vars(layer_of(model).router)
 
 
 def test_ranks_have_to_divide_the_experts() -> None:
@@ -359,7 +435,7 @@ def test_few_rows_leave_ranks_empty_and_packed_rows_are_refused() -> None:
     assert grad[0].abs().max() > 0
     assert grad[1:].abs().max() == 0
     owner, bank = layer_of(model), layer_of(model).experts
-    layer = GatedLayer("x.experts", bank, owner, ALWAYS, 4, 2, None)
+    layer = GatedLayer("x.experts", bank, owner, None, ALWAYS, 4, 2, None)
     layer.rows = 2
     with pytest.raises(ModelError, match="no common length"):
         layer._parts(5)

@@ -127,11 +127,17 @@ def test_checkpointing_computes_the_same_again(config: GatingDropout) -> None:
     assert_same(found, expected, rtol=0, atol=0)
 
 
-def test_a_copy_of_the_model_drops_by_itself() -> None:
+def test_a_copy_of_the_model_has_steps_of_its_own() -> None:
     model, batch = thor("bert"), labelled("bert")
     attached = gating_dropout(model, NOTHING, ranks=2)
     attached.set_step(0)
     twin = copy.deepcopy(model)
+    with pytest.raises(ModelError, match="A copy of a model"):
+        twin(**batch)
+    gating_dropout(twin, NOTHING, ranks=2).set_step(0)
+    with pytest.raises(ModelError, match="already"):
+        gating_dropout(twin, NOTHING, ranks=2)
+    attached.remove()
     attached.remove()
     start_step(twin, 0)
     start_step(model, 0)

@@ -17,7 +17,7 @@ from torch import nn
 from moduli.errors import ConfigError, ModelError
 from moduli.parallel.agreement import from_rank_0, is_distributed, require_agreement
 from moduli.parallel.decisions import GatingDropout
-from moduli.parallel.expert_parallel import expert_modules, require_divisible
+from moduli.parallel.expert_parallel import expert_modules, no_experts, require_divisible
 from moduli.parallel.layer import GatedLayer
 from moduli.parallel.stochastic import StochasticLayer, require_whole, stochastic_layers
 
@@ -50,7 +50,8 @@ class AttachedGatingDropout:
             step: from 0; a resumed run goes on with the number it would have had.
 
         Raises:
-            ConfigError: with `debug`, ranks that are at other steps or have other settings.
+            ConfigError: no whole number from 0; or, with `debug`, ranks that are at other steps or
+                have other settings.
             ModelError: ranks are to use different copies of an FFN (THOR) that is sharded.
         """
         decisions = self.config.decisions(step, len(self.layers))
@@ -78,15 +79,9 @@ class AttachedGatingDropout:
         return GatingDropoutCallback(self)
 
     def remove(self) -> None:
-        """Let the model route as usual again."""
+        """Let the model route as usual again; a second call does nothing."""
         for layer in self.layers:
-            layer.remove()
-            if isinstance(layer, StochasticLayer):
-                continue
-            delattr(layer.experts, _MARK)
-            exchange = _exchange_of(layer.experts)
-            if exchange is not None:
-                exchange.gate = None
+            _take_off(layer)
 
 
 def gating_dropout(
@@ -109,9 +104,10 @@ def gating_dropout(
     """
     if ranks is not None and ranks < 1:
         raise ConfigError(f"ranks is {ranks}; expected 1 or more")
+    _leave_copies(model)
     found, copies = expert_modules(model), stochastic_layers(model, config, ranks)
     if not found and not copies:
-        raise ModelError(f"this {type(model).__name__} has no experts of their own")
+        raise no_experts(model)
     taken = [name for name, experts in found.items() if hasattr(experts, _MARK)]
     taken += [layer.name for layer in copies if layer.taken]
     if taken:
@@ -129,7 +125,8 @@ def gating_dropout(
             owner = model.get_submodule(name.rpartition(".")[0])
             total: Any = experts.num_experts
             total = total if exchange is None else total * count
-            gated.append(GatedLayer(name, experts, owner, config, total, count, rank))
+            block = _around(model, name.rpartition(".")[0])
+            gated.append(GatedLayer(name, experts, owner, block, config, total, count, rank))
         device = next(model.parameters()).device
         attached = AttachedGatingDropout(config, [*gated, *copies], device)
     except Exception:
@@ -143,6 +140,34 @@ def gating_dropout(
     for other in copies:
         other.attach()
     return attached
+
+
+def _take_off(layer: Layer) -> None:
+    layer.remove()
+    if isinstance(layer, StochasticLayer) or vars(layer.experts).get(_MARK) is not layer:
+        return
+    delattr(layer.experts, _MARK)
+    exchange = _exchange_of(layer.experts)
+    if exchange is not None:
+        exchange.gate = None
+
+
+def _leave_copies(model: nn.Module) -> None:
+    """Take off what came with a copy of a model under gating dropout: nobody else can."""
+    for module in list(model.modules()):
+        layer = vars(module).get(_MARK, getattr(module, "limit", None))
+        if isinstance(layer, Layer) and layer.copied:
+            _take_off(layer)
+
+
+def _around(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that calls another; None if that is the model."""
+    while name:
+        name = name.rpartition(".")[0]
+        found = model.get_submodule(name)
+        if not isinstance(found, nn.ModuleList | nn.ModuleDict):
+            return found
+    return None
 
 
 def _ranks_of(name: str, experts: Any, exchange: Any, ranks: int | None) -> tuple[int, int | None]:

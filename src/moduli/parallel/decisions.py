@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import astuple, dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -56,7 +57,7 @@ class GatingDropout:
             without it settings are compared once, at the start.
 
     Raises:
-        ConfigError: p is no probability, or the seed is negative.
+        ConfigError: p is no probability, or the seed no whole number from 0 to 2**128 - 1.
         UnknownNameError: a mode, scope, policy or sync that does not exist.
     """
 
@@ -69,19 +70,30 @@ class GatingDropout:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p <= 1:
+        p: Any = self.p
+        if not (isinstance(p, Real) and 0 <= float(p) <= 1):
             raise ConfigError(
-                f"p is {self.p}, which is no probability; choose one from 0 (never) to 1 (always)"
+                f"p is {p!r}, which is no probability; choose one from 0 (never) to 1 (always)"
             )
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; expected 0 or more")
+        if not _whole(self.seed, 128):
+            raise ConfigError(
+                f"seed is {self.seed!r}; expected a whole number from 0 to 2**128 - 1, such as 0"
+            )
         for name, known in _CHOICES.items():
             given: Any = getattr(self, name)
             if given not in known:
                 raise UnknownNameError(f"{name} is {given!r}. {nearest(str(given), known)}")
 
     def decisions(self, step: int, layers: int) -> tuple[bool, ...]:
-        """Whether each of `layers` layers drops in an optimiser step, counted from 0."""
+        """Whether each of `layers` layers drops in an optimiser step, counted from 0.
+
+        Raises:
+            ConfigError: the step is no whole number from 0.
+        """
+        if not _whole(step, 64):
+            raise ConfigError(
+                f"step is {step!r}; expected how many optimiser steps are done: 0, 1, 2, ..."
+            )
         if self.scope == "step":
             return (self._draw(step, 0),) * layers
         return tuple(self._draw(step, layer + 1) for layer in range(layers))
@@ -102,6 +114,11 @@ class GatingDropout:
         return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 
+def _whole(number: Any, bits: int) -> bool:
+    """Whether it is a whole number of so many bits, from 0."""
+    return isinstance(number, Integral) and 0 <= int(number) < 2**bits
+
+
 def decided(name: str, dropped: bool | None) -> bool:
     """Whether a layer in training drops.
 
@@ -115,6 +132,7 @@ def decided(name: str, dropped: bool | None) -> bool:
     if dropped is None:
         raise ModelError(
             f"{name}: gating dropout does not know the step; call set_step(step) before "
-            "every optimiser step, or give the Trainer callbacks=[attached.callback()]"
+            "every optimiser step, or give the Trainer callbacks=[attached.callback()]. A copy of "
+            "a model has no steps yet: apply gating_dropout to it first"
         )
     return dropped

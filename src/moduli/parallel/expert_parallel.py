@@ -54,15 +54,34 @@ def spreadable_experts(model: nn.Module) -> dict[str, Any]:
             "(THOR), so that no token would go to another rank; train it data-parallel"
         )
     if not found:
-        raise ModelError(f"this {type(model).__name__} has no experts of their own")
+        raise no_experts(model)
     return found
 
 
+def no_experts(model: nn.Module) -> ModelError:
+    """Why no experts were found: there are none, or they take other arguments."""
+    kind = type(model).__name__
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            takes = f"takes ({', '.join(_arguments(module))})"
+            if type(module).forward is nn.Module.forward:
+                takes = "has no forward of its own"
+            return ModelError(
+                f"{name} of this {kind} is a {type(module).__name__}, which {takes}; expected "
+                f"num_experts and a forward that takes ({', '.join(CONTRACT)}), as stock experts "
+                "of Mixtral, OLMoE and Qwen2-MoE have, and FFNs that moduli has upcycled"
+            )
+    return ModelError(f"this {kind} has no experts of their own")
+
+
 def _on_contract(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "num_experts", None), int):
-        return False
-    # Of the class: where experts are spread already, the module's own is another.
-    return tuple(inspect.signature(type(module).forward).parameters)[1:4] == CONTRACT
+    counted = isinstance(getattr(module, "num_experts", None), int)
+    return counted and _arguments(module)[:3] == CONTRACT
+
+
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    # Of the class: where experts are spread already, the module's own forward is another.
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def expert_parallel_plan(model: nn.Module) -> dict[str, str]:

@@ -22,6 +22,12 @@ from torch import Tensor, nn
 from moduli.errors import ModelError
 from moduli.parallel.decisions import GatingDropout, decided
 from moduli.parallel.expert_parallel import CONTRACT
+from moduli.parallel.gates import (
+    renormalises,
+    require_choice_by_logits,
+    require_logits,
+    require_no_correction,
+)
 from moduli.parallel.local import (
     Part,
     best_of,
@@ -35,8 +41,6 @@ from moduli.parallel.local import (
 from moduli.routing import ExpertChoiceRouter, RouteContext, Router, Routing
 from moduli.surgery.routed import RoutedLayer
 
-TOLERANCE = 1e-3  # stock gates round their weights to the dtype of the model
-
 
 class GatedLayer:
     """A mixture layer whose exchange can be dropped.
@@ -45,6 +49,8 @@ class GatedLayer:
         name: of the experts in the model.
         experts: on transformers' experts contract.
         owner: the module with the router and the experts.
+        block: what the owner is a part of, if it is; its input tells rows from tokens where that of
+            the owner does not.
         config: see `GatingDropout`.
         num_experts: E.
         ranks: R.
@@ -52,6 +58,7 @@ class GatedLayer:
 
     Attributes:
         dropped: whether the current step drops; None before `set_step`.
+        copied: whether this came with a copy of a model, whose steps nobody sets.
 
     Raises:
         ModelError: the policy needs a router, and there is none that it understands.
@@ -62,6 +69,7 @@ class GatedLayer:
         name: str,
         experts: nn.Module,
         owner: nn.Module,
+        block: nn.Module | None,
         config: GatingDropout,
         num_experts: int,
         ranks: int,
@@ -71,14 +79,15 @@ class GatedLayer:
         self.config, self.ranks, self.rank = config, ranks, rank
         self.num_experts, self.local = num_experts, num_experts // ranks
         self.dropped: bool | None = None
-        self.rows = 0  # of the batch that is passing through
-        self.renormalised: bool | None = None  # of a stock gate, once it was seen
+        self.copied = False
+        self.rows: int | None = None  # of the batch that is passing through; None if unknown
+        self._understood = False  # a stock gate, which has to be seen first
+        self._renormalised = False  # its weights
         self.tokens = 0
         self.router: nn.Module | None = _router_in(owner)
         self._check()
-        self._select: Any = None
         self._handles: list[Any] = []
-        self._hang()
+        self._hang(block)
 
     def dropping(self) -> bool:
         """Whether this pass drops.
@@ -94,11 +103,15 @@ class GatedLayer:
         return self.config.mode == "gate_expert_drop"
 
     def remove(self) -> None:
-        """Take everything off that was hung in."""
+        """Take everything off that was hung in and still is."""
         for handle in self._handles:
             handle.remove()
-        if self._select is not None:
-            del self.router.__dict__["select"]
+        if self.router is not None and vars(self.router).get("select") == self.select:
+            del self.router.select
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What sets the step of a model does not know of its copies.
+        return {**self.__dict__, "dropped": None, "copied": True}
 
     def _check(self) -> None:
         policy = self.config.local_policy
@@ -116,13 +129,17 @@ class GatedLayer:
                 f"{self.name}: experts choose their tokens, among which no token can be kept on "
                 'its rank by masking; use local_policy="paper" or "modulo"'
             )
+        if self.router is not None and not isinstance(self.router, Router):
+            require_no_correction(self.name, self.owner, self.experts, self.num_experts)
 
-    def _hang(self) -> None:
+    def _hang(self, block: nn.Module | None) -> None:
         handles = self._handles
         if self.rank is None:
+            if block is not None:
+                handles.append(block.register_forward_pre_hook(self._see_rows, with_kwargs=True))
+                handles.append(block.register_forward_hook(self._forget_rows))
             handles.append(self.owner.register_forward_pre_hook(self._see_rows, with_kwargs=True))
         if isinstance(self.router, Router):
-            self._select = self.router.select
             self.router.select = self.select  # type: ignore[method-assign]
         elif self.router is not None:
             # First, so that whoever records logits records those without a gradient.
@@ -136,6 +153,12 @@ class GatedLayer:
     def _parts(self, tokens: int) -> list[Part]:
         if self.rank is not None:
             return [(self.rank, slice(0, tokens))] if tokens else []
+        if self.rows is None:
+            raise ModelError(
+                f"{self.name}: virtual ranks divide the rows of a batch, and nothing tells the "
+                f"rows of {tokens} tokens: neither {type(self.owner).__name__} nor the module it "
+                "is in got an input of three dimensions; call the whole model, or use real ranks"
+            )
         return parts_of(tokens, self.rows, self.ranks)
 
     # --- routers ----------------------------------------------------------------------------------
@@ -146,19 +169,23 @@ class GatedLayer:
         A rule that looks at the whole batch (capacity, experts that choose) looks at that of a rank
         in training, as it does where ranks are real.
         """
-        routing: Routing
         if not self.experts.training:
-            routing = self._select(scores, context)
-            return routing
+            return self._usual(scores, context)
         dropping, parts = self.dropping(), self._parts(len(scores))
         confined = dropping and not self.computes_nothing and self.config.local_policy != "modulo"
         if parts and confined:
-            routing = self._confined(self._select(scores, context), context, parts)
+            routing = self._confined(self._usual(scores, context), context, parts)
         elif len(parts) > 1 and self._looks_at_batch:
-            routing = joined([self._select(scores[own], within(context, own)) for _, own in parts])
+            routing = joined([self._usual(scores[own], within(context, own)) for _, own in parts])
         else:
-            routing = self._select(scores, context)
+            routing = self._usual(scores, context)
         return without_gradient(routing) if dropping and not self.config.keeps_gate else routing
+
+    def _usual(self, scores: Tensor, context: RouteContext) -> Routing:
+        router: Any = self.router
+        # Of the class: the router's own is `select` of this layer.
+        routing: Routing = type(router).select(router, scores, context)
+        return routing
 
     def _confined(self, full: Routing, context: RouteContext, parts: list[Part]) -> Routing:
         """The routing with every token on its rank."""
@@ -185,7 +212,7 @@ class GatedLayer:
         router.rule = replace(rule, top_k=min(rule.top_k, self.local), noise=0.0)
         try:
             own = scores[:, first : first + self.local].contiguous()
-            found: Routing = self._select(own, replace(context, noise=None))
+            found = self._usual(own, replace(context, noise=None))
         finally:
             router.rule = rule
         return replace(found, experts=first + found.experts, scores=None, noisy_scores=None)
@@ -219,7 +246,7 @@ class GatedLayer:
             index = torch.cat(chosen) if chosen else index[:, :1]
             return logits.detach(), torch.ones_like(index, dtype=weights.dtype), index
         found = [
-            softmax_among(logits[own], index.shape[1], bool(self.renormalised), rank, self.local)
+            softmax_among(logits[own], index.shape[1], self._renormalised, rank, self.local)
             for rank, own in parts
         ]
         if found:
@@ -233,34 +260,29 @@ class GatedLayer:
         Raises:
             ModelError: it does something else.
         """
-        if self.renormalised is not None:
+        if self._understood:
             return
-        kind = type(gate).__name__
-        shape = [self.num_experts]
-        known = isinstance(output, tuple) and len(output) == 3
-        known = known and all(isinstance(part, Tensor) and part.dim() == 2 for part in output)
-        if not known or list(output[0].shape[1:]) != shape or output[2].is_floating_point():
-            raise ModelError(_not_understood(self.name, kind, "returns something else"))
+        require_logits(self.name, gate, output, self.num_experts)
         logits, weights, index = (part.detach() for part in output)
-        if not len(logits):
-            return
-        best = logits.softmax(-1, dtype=torch.float32).topk(index.shape[1], dim=-1).values
-        ours = weights.float().sort(-1, descending=True).values
-        for renormalised in (True, False):
-            want = best / best.sum(-1, keepdim=True) if renormalised else best
-            if torch.allclose(ours, want, rtol=TOLERANCE, atol=TOLERANCE):
-                self.renormalised = renormalised
-                return
-        if self.config.local_policy == "paper" or self.computes_nothing:
-            self.renormalised = False  # neither asks for weights
-            return
-        raise ModelError(_not_understood(self.name, kind, "weighs experts in another way"))
+        if self.computes_nothing:
+            self._understood = True
+        elif len(logits):
+            require_choice_by_logits(self.name, gate, logits, index)
+            self._understood = True
+            if self.config.local_policy == "masked_gate":
+                found = renormalises(self.name, gate, logits, weights)
+                self._renormalised, self._understood = found
 
     # --- experts and owner ------------------------------------------------------------------------
 
-    def _see_rows(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
+    def _see_rows(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self.rows = given[0].shape[0]
+        if given and (given[0].dim() > 2 or not given[0].is_floating_point()):
+            self.rows = given[0].shape[0]
+        # Else its tokens are flat, and rows those of the block around it (OPT).
+
+    def _forget_rows(self, block: nn.Module, args: Any, output: Any) -> None:
+        self.rows = None
 
     def _keep_local(self, experts: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self.dropping():
@@ -292,11 +314,3 @@ def _router_in(owner: nn.Module) -> nn.Module | None:
     children = dict(owner.named_children())
     ours = [child for child in children.values() if isinstance(child, Router)]
     return ours[0] if ours else children.get("gate", children.get("router"))
-
-
-def _not_understood(name: str, kind: str, why: str) -> str:
-    return (
-        f"{name}: its gate is a {kind}, which {why} than logits of all experts, and softmax "
-        "probabilities and indices of the best; tokens cannot be routed within a rank by it. Use "
-        'local_policy="modulo", which needs no gate'
-    )

@@ -14,6 +14,8 @@ of a rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -40,6 +42,7 @@ class StochasticLayer:
         name: of the last projection in the model.
         num_experts: E.
         dropped: whether the current step drops; None before `set_step`.
+        copied: whether this came with a copy of a model, whose steps nobody sets.
 
     Raises:
         ConfigError: experts cannot be divided among the ranks.
@@ -58,6 +61,7 @@ class StochasticLayer:
         require_divisible(self.name, self.num_experts, ranks)
         self.config, self.ranks, self.rank = config, ranks, rank
         self.dropped: bool | None = None
+        self.copied = False
 
     @property
     def taken(self) -> bool:
@@ -72,7 +76,12 @@ class StochasticLayer:
     def remove(self) -> None:
         """Leave rows to the plan again."""
         for projection in self.projections:
-            projection.limit = None
+            if projection.limit is self:
+                projection.limit = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What sets the step of a model does not know of its copies.
+        return {**self.__dict__, "dropped": None, "copied": True}
 
     def __call__(self, choice: Choice, lead: torch.Size) -> Choice:
         """The experts of a training pass; see `moduli.surgery.stochastic.Limit`.
