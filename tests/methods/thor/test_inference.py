@@ -113,6 +113,20 @@ def test_a_sentence_does_not_depend_on_its_batch(family: str) -> None:
         torch.testing.assert_close(found, together[row][:width], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_sentence_does_not_depend_on_how_its_batch_is_written() -> None:
+    model = parted(build("bert", inference="random_sentence", num_experts=4), by=1.0)
+    batch = families.inputs("bert")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = model(ids, mask).logits
+    assert torch.equal(model(ids.int(), mask).logits, expected)
+    wide, shown = (torch.nn.functional.pad(one, (0, 2)) for one in (ids, mask))
+    seen = shown[:, None, None].bool().expand(-1, 1, wide.shape[1], -1)
+    torch.testing.assert_close(model(wide, seen).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="tell padding from tokens"):
+        model(ids, mask[:, None].expand(-1, ids.shape[1], -1))
+
+
 def written(model: Any, batch: dict[str, Tensor], **options: Any) -> list[list[int]]:
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

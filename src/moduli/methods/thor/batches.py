@@ -67,11 +67,26 @@ def sentences_in(module: nn.Module, arguments: dict[str, Any]) -> list[bytes]:
             f"{' or '.join(names)}"
         )
     given = given.detach().cpu()
-    mask = arguments.get("attention_mask")
-    fits = isinstance(mask, Tensor) and mask.shape == given.shape[:2]
-    real = mask.bool().cpu() if fits and isinstance(mask, Tensor) else None
+    if not given.is_floating_point():
+        given = given.long()  # the same ids, in whatever type
+    real = _real_tokens(arguments.get("attention_mask"), given)
     rows = [row if real is None else row[real[i]] for i, row in enumerate(given)]
     return [bytes(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in rows]
+
+
+def _real_tokens(mask: Any, given: Tensor) -> Tensor | None:
+    """Which tokens of what a module reads are real; None if all are, or if it reads no text."""
+    if isinstance(mask, Tensor) and mask.dim() == 4:  # [B, heads, queries, S]: seen by any query
+        mask = (mask == 0 if mask.is_floating_point() else mask.bool()).any(2).any(1)
+    if isinstance(mask, Tensor) and mask.shape == given.shape[:2]:
+        return mask.bool().cpu()
+    if mask is None or given.dim() != 2:
+        return None
+    raise ModelError(
+        "random_sentence has to tell padding from tokens, and this attention_mask is not one "
+        f"number per token of {tuple(given.shape)}; give a mask [batch, tokens], or take "
+        "random_token"
+    )
 
 
 def first_rows(output: Any, rows: int, times: int) -> Any:
