@@ -134,7 +134,7 @@ def all_arms() -> Plan:
 
 def wesnoth() -> Plan:
     """Dense and THOR on other text."""
-    return plan("wesnoth", arms((DENSE, THOR), WESNOTH_STEPS, costs()), (0,), max_length=128)
+    return plan("wesnoth", arms((DENSE, THOR), WESNOTH_STEPS, costs()), (0,))
 
 
 PLANS: dict[str, Callable[[], Plan]] = {

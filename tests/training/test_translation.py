@@ -290,6 +290,7 @@ def test_the_command_line_trains_random_weights_as_suits_them() -> None:
     args, _ = parse_with_method("tune", Tune, ["--model", "translator:tiny", *words])
     assert args.settings.label_smoothing == SETTINGS.label_smoothing == 0.1
     assert args.settings.schedule == "inverse-sqrt"
+    assert args.settings.max_length == 128  # of sentences; cut ones would be learnt to end there
     assert args.settings.epochs == 2
     args, _ = parse_with_method("tune", Tune, ["--model=minilm", *words])
     assert args.settings == FinetuneSettings(epochs=2)

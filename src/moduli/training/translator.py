@@ -33,6 +33,7 @@ SETTINGS = FinetuneSettings(
     weight_decay=1e-4,
     adam_beta2=0.98,
     label_smoothing=0.1,
+    max_length=128,
 )
 """How a translator with random weights is trained, where nobody says otherwise."""
 

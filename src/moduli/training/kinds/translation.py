@@ -132,7 +132,14 @@ def _scores(
                 values[prefix + name].append(float(metric.corpus_score(texts, references).score))
     nll = per_token.joined([output for _, output in pairs])["nll"].double()
     means = {name: fmean(found) for name, found in values.items()}
-    return TranslationScores(n=len(nll), loss=float(nll.mean()), **means)
+    return TranslationScores(
+        n=len(nll),
+        loss=float(nll.mean()),
+        bleu=means["bleu"],
+        chrf=means["chrf"],
+        beam_bleu=means["beam_bleu"],
+        beam_chrf=means["beam_chrf"],
+    )
 
 
 def _describe(
