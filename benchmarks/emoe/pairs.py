@@ -1,10 +1,11 @@
 """Whether differences of one seed on several sources go together, from the records of a study.
 
     python benchmarks/emoe/pairs.py text
+    python benchmarks/emoe/pairs.py vision --base LoRA
 
 The intervals of a study count every (source, seed) as a pair of its own. This prints, for every arm
-and edit against the first arm, the mean correlation of its out-of-domain differences between
-sources, and the interval of the mean when seeds alone are counted.
+and edit against the first arm (or another one), its mean out-of-domain difference with that
+interval, the interval when seeds alone are counted, and the mean correlation between sources.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=list(PLANS))
-    study = parser.parse_args().study
-    plan = PLANS[study]()
+    parser.add_argument("--base", help="label of the arm to compare with")
+    args = parser.parse_args()
+    study, plan = args.study, PLANS[args.study]()
+    base = args.base or plan.labels[0]
+    if base not in plan.labels:
+        parser.error(f"the arms of {study} are {', '.join(plan.labels)}")
     scores: dict[str, Scores] = {}
     for record in read_records(RESULTS / study):
         spec = record.to_dict()["spec"]
@@ -45,8 +50,8 @@ def main() -> None:
             label = f"{same[0]} ({name})" if name else same[0]
             scores.setdefault(label, {})[place] = elsewhere(found["scores"], spec["train_domains"])
     for label, found in scores.items():
-        if label != plan.labels[0]:
-            print(line(label, found, scores[plan.labels[0]]))
+        if label != base:
+            print(line(label, found, scores[base]))
 
 
 def elsewhere(scores: dict[str, Any], sources: list[str]) -> float:
@@ -64,12 +69,16 @@ def line(
     together = np.corrcoef(each)
     pairs = [together[i, j] for i, j in combinations(range(len(sources)), 2)]
     means = each.mean(axis=0)
-    half = t.ppf(0.975, len(seeds) - 1) * means.std(ddof=1) / np.sqrt(len(seeds))
-    low, high = means.mean() - half, means.mean() + half
     return (
-        f"{label:30} {means.mean():+.2f}, by seeds {low:+.2f} to {high:+.2f}, "
-        f"correlation {np.mean(pairs):+.2f}"
+        f"{label:30} {means.mean():+.2f}, by pairs {interval(each.ravel())}, "
+        f"by seeds {interval(means)}, correlation {np.mean(pairs):+.2f}"
     )
+
+
+def interval(values: np.ndarray) -> str:
+    """The 95 % interval of a mean."""
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean() - half:+.2f} to {values.mean() + half:+.2f}"
 
 
 if __name__ == "__main__":
