@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moduli.errors import ModelError
 from moduli.routing import AvgKRouter
 from moduli.surgery.locate import stacks
-from moduli.surgery.recall import recalling
+from moduli.surgery.recall import recall_in_backward
 from moduli.surgery.routed import Pass, RoutedLayer
 from moduli.surgery.stochastic import StochasticProjection
 
@@ -55,8 +55,9 @@ class RecallHook(HostHook):
     def __init__(self, shared: Pass) -> None:
         self.shared = shared
 
-    def __call__(self, model: nn.Module, args: object, output: Any) -> Any:
-        return recalling(output, self.shared, self.shared.snapshot()) if model.training else None
+    def __call__(self, model: nn.Module, args: object, output: Any) -> None:
+        if model.training:
+            recall_in_backward(output, self.shared, self.shared.snapshot())
 
 
 class MaskHook(ModelHook):

@@ -1,8 +1,8 @@
 """What a forward pass knew, brought back while its backward runs.
 
 Activation checkpointing computes layers again during the backward, when another forward may have
-said something else since: masks, ids, experts that were drawn. An identity on a model's output has
-in its backward the first word of that pass, before any layer of it is computed again.
+said something else since: masks, ids, experts that were drawn. A hook on a model's output has the
+first word of that pass's backward, before any layer of it is computed again.
 """
 
 from __future__ import annotations
@@ -41,32 +41,16 @@ class Recalled:
             self.outside = None
 
 
-def recalling(output: Any, state: Recalled, then: dict[str, Any]) -> Any:
-    """A model's output, whose backward calls `state.recall(then)` first.
+def recall_in_backward(output: Any, state: Recalled, then: dict[str, Any]) -> None:
+    """Have the backward of a model's output call `state.recall(then)` first.
 
     While a graph is recorded nothing has to be brought back: recomputation is recorded with it.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return output
-    if isinstance(output, dict):  # a ModelOutput is one, too
-        for key, value in output.items():
-            output[key] = recalling(value, state, then)
-        return output
-    if isinstance(output, tuple):
-        parts = [recalling(value, state, then) for value in output]
-        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+        return
     if isinstance(output, Tensor) and output.requires_grad:
-        return _Recall.apply(output, state, then)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _Recall(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, state: Recalled, then: dict[str, Any]) -> Tensor:
-        ctx.state, ctx.then = state, then
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.state.recall(ctx.then)
-        return grad, None, None
+        output.register_hook(lambda grad: state.recall(then))
+    parts = output.values() if isinstance(output, dict) else output  # a ModelOutput is a dict, too
+    if isinstance(output, (dict, tuple)):
+        for part in parts:
+            recall_in_backward(part, state, then)

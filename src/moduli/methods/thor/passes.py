@@ -34,7 +34,7 @@ from moduli.methods.thor.objective import Objective, found_shift, has_shift, wit
 from moduli.methods.thor.outputs import logits_of, loss_of, mean_prediction, with_loss
 from moduli.methods.thor.plan import RoutingPlan
 from moduli.surgery.modular import HostHook, ModelHook
-from moduli.surgery.recall import recalling
+from moduli.surgery.recall import recall_in_backward
 from moduli.training.auxiliary import LossHook
 
 
@@ -137,9 +137,11 @@ class Passes:
         if output is None:  # the forward has raised
             return None
         if pending is None:
-            return None if plan is None else self._single(model, output, then)
+            if plan is not None:
+                self._single(model, output, then)
+            return None
         if plan is not None:
-            output = recalling(output, self.chooser, then)
+            recall_in_backward(output, self.chooser, then)
         logits = logits_of(model, output)
         passes = list(logits.chunk(pending.times))
         rest = first_rows(output, pending.rows, pending.times)
@@ -190,8 +192,8 @@ class Passes:
         if self.chooser.mode == "random_sentence" and not goes_on and not apart:
             self.chooser.sentences = sentences_in(model, arguments)
 
-    def _single(self, model: nn.Module, output: Any, then: dict[str, Any]) -> Any:
-        """A training forward without labels: the same output, which recalls its plan."""
+    def _single(self, model: nn.Module, output: Any, then: dict[str, Any]) -> None:
+        """A training forward without labels: its backward recalls the plan."""
         made_loss = isinstance(output, dict) and output.get("loss") is not None
         if made_loss and torch.is_grad_enabled():
             raise ModelError(
@@ -199,8 +201,7 @@ class Passes:
                 "take over; give labels, or compute the loss from the outputs of your own passes "
                 "with moduli.losses.consistency"
             )
-
-        return recalling(output, self.chooser, then)
+        recall_in_backward(output, self.chooser, then)
 
 
 class BeforeModel(LossHook):
