@@ -26,13 +26,13 @@ from moduli.methods.thor.batches import (
     named_arguments,
     repeated,
     row_count,
-    sentences_in,
     takes,
 )
 from moduli.methods.thor.chooser import ThorChooser
 from moduli.methods.thor.objective import Objective, found_shift, has_shift, without_labels
 from moduli.methods.thor.outputs import logits_of, loss_of, mean_prediction, with_loss
 from moduli.methods.thor.plan import RoutingPlan
+from moduli.methods.thor.sentences import cache_in, note, noted, sentences_in
 from moduli.surgery.modular import HostHook, ModelHook
 from moduli.surgery.recall import recalling
 from moduli.training.auxiliary import LossHook
@@ -136,6 +136,8 @@ class Passes:
         self.chooser.ensemble, self.chooser.plan = False, None
         if output is None:  # the forward has raised
             return None
+        if plan is None and self.chooser.mode == "random_sentence":
+            self._note(model, output)
         if pending is None:
             return None if plan is None else self._single(model, output, then)
         if plan is not None:
@@ -178,17 +180,32 @@ class Passes:
         self.chooser.ensemble = True
         return (), repeated(arguments, row_count(encoder, arguments), times)
 
-    def after_encoder(self) -> None:
+    def after_encoder(self, encoder: nn.Module, output: Any) -> None:
         """Forward hook of an encoder."""
         self.chooser.ensemble = self.inside and self.chooser.ensemble
+        if output is not None and not encoder.training and self.chooser.sentences is not None:
+            note(output[0], self.chooser.sentences)
 
     def _read(self, model: Any, arguments: dict[str, Any]) -> None:
-        """Note the sentences that a model without an encoder begins to read."""
-        cache = arguments.get("past_key_values")
-        goes_on = cache is not None and cache.get_seq_length() > 0
-        apart = getattr(model.config, "is_encoder_decoder", False)
-        if self.chooser.mode == "random_sentence" and not goes_on and not apart:
+        """Find the sentences that a pass of evaluation goes on with, or begins to read."""
+        if self.chooser.mode != "random_sentence":
+            return
+        cache, encoded = arguments.get("past_key_values"), arguments.get("encoder_outputs")
+        if cache is not None and cache.get_seq_length() > 0:
+            self.chooser.sentences = noted(cache)
+        elif not getattr(model.config, "is_encoder_decoder", False):
             self.chooser.sentences = sentences_in(model, arguments)
+        elif encoded is not None and noted(encoded[0]) is not None:
+            self.chooser.sentences = noted(encoded[0])
+        # Else its encoder reads them now; or has just done so, and beams repeat what it made.
+
+    def _note(self, model: Any, output: Any) -> None:
+        """Leave the sentences of this pass to those that go on with its cache."""
+        cache = cache_in(output)
+        if cache is not None:
+            note(cache, self.chooser.sentences)
+        if not getattr(model.config, "is_encoder_decoder", False):
+            self.chooser.sentences = None
 
     def _single(self, model: nn.Module, output: Any, then: dict[str, Any]) -> Any:
         """A training forward without labels: the same output, which recalls its plan."""
@@ -245,7 +262,7 @@ class AfterEncoder(ModelHook):
         self.passes = passes
 
     def __call__(self, encoder: nn.Module, args: object, kwargs: object, output: Any) -> None:
-        self.passes.after_encoder()
+        self.passes.after_encoder(encoder, output)
 
 
 def hang_in(model: Any, passes: Passes) -> None:
