@@ -11,7 +11,8 @@ rows, K passes, N experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -226,10 +227,16 @@ class BeforeModel(LossHook):
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
 
-    def smooth_labels(self, share: float) -> None:
+    @contextmanager
+    def smooth_labels(self, share: float) -> Iterator[None]:
         """See `LossHook`."""
+        own = self.passes.objective
         if not self.passes.smooths:
-            self.passes.objective = replace(self.passes.objective, label_smoothing=share)
+            self.passes.objective = replace(own, label_smoothing=share)
+        try:
+            yield
+        finally:
+            self.passes.objective = own
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.passes.before(model, args, kwargs)
