@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tr
 from torch import Tensor
 
 import moduli
@@ -127,6 +128,18 @@ def test_a_sentence_does_not_depend_on_how_its_batch_is_written() -> None:
     torch.testing.assert_close(model(wide, seen).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match="tell padding from tokens"):
         model(ids, mask[:, None].expand(-1, ids.shape[1], -1))
+
+
+@torch.no_grad()
+def test_padding_of_texts_to_choose_from_is_no_part_of_them() -> None:
+    model = tiny.initialise(lambda: tr.BertForMultipleChoice(tr.BertConfig(**families._ENCODER)))
+    moduli.convert(model, moduli.THOR(num_experts=8, layers="all", inference="random_sentence"))
+    parted(model, by=1.0)
+    ids = torch.randint(3, families.VOCAB, (2, 3, 5))
+    padded = torch.nn.functional.pad(ids, (0, 2))
+    expected = model(ids, torch.ones_like(ids)).logits
+    found = model(padded, (padded > 0).long()).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def written(model: Any, batch: dict[str, Tensor], **options: Any) -> list[list[int]]:

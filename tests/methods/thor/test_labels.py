@@ -59,10 +59,14 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
     ),
     "xlm": (_xlm, TEXT),
     "bart decoder": (lambda: tr.BartForCausalLM(tr.BartConfig(**families._SEQ2SEQ)), TEXT),
-    "two berts": (_pair, {"input_ids": IDS, "labels": IDS}),
+    "two berts": (_pair, TEXT),  # whose decoder is blind to places without a label
     "masked": (_bert(tr.BertForMaskedLM), TEXT),
     "next token": (_bert(tr.BertLMHeadModel, is_decoder=True), TEXT),
     "tagger": (_bert(tr.BertForTokenClassification), {**TEXT, "labels": IDS % 3}),
+    "choice": (
+        _bert(tr.BertForMultipleChoice),
+        {"input_ids": IDS[:, None] * torch.tensor([1, 0, 1])[:, None], "labels": IDS[:, 0] % 3},
+    ),
     "gpt2": (families.DECODERS["gpt2"], TEXT),
     "opt": (families.DECODERS["opt"], TEXT),
 }

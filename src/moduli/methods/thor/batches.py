@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moduli.errors import ModelError
+
 NOT_ROWS = ("cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask")
 """Arguments whose first dimension never is that of the batch."""
 
@@ -39,6 +41,22 @@ def row_count(model: nn.Module, arguments: Mapping[str, Any]) -> int:
         if isinstance(arguments.get(name), Tensor):
             return len(arguments[name])
     return next(len(value) for value in arguments.values() if isinstance(value, Tensor))
+
+
+def require_padding_token(model: Any) -> None:
+    """Raise if a model takes single rows only, for want of a padding token.
+
+    Decoders that classify (by a head `score`) look for the last token of a row that is no padding.
+
+    Raises:
+        ModelError: it does.
+    """
+    if hasattr(model, "score") and model.config.get_text_config().pad_token_id is None:
+        raise ModelError(
+            f"this {type(model).__name__} reads a single row as it is and several only if it knows "
+            "padding, and THOR passes every row several times in one batch; set "
+            "model.config.pad_token_id (such as to tokenizer.pad_token_id)"
+        )
 
 
 def repeated(arguments: Mapping[str, Any], rows: int, times: int) -> dict[str, Any]:

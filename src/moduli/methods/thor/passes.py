@@ -26,6 +26,7 @@ from moduli.methods.thor.batches import (
     first_rows,
     named_arguments,
     repeated,
+    require_padding_token,
     row_count,
     takes,
 )
@@ -124,6 +125,8 @@ class Passes:
                 return None
             return (), arguments
         rows = row_count(model, arguments)
+        if rows == 1 and times > 1:
+            require_padding_token(model)
         if labels is not None and not (has_shift(labels) and self.predicts_next is None):
             arguments = without_labels(model, arguments)
         self._pending = _Pending(times, rows, labels, items)

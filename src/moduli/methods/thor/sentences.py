@@ -59,9 +59,10 @@ def _real_tokens(mask: Any, given: Tensor) -> Tensor | None:
     """Which tokens of what a module reads are real; None if all are, or if it reads no text."""
     if isinstance(mask, Tensor) and mask.dim() == 4:  # [B, heads, queries, S]: seen by any query
         mask = (mask == 0 if mask.is_floating_point() else mask.bool()).any(2).any(1)
-    if isinstance(mask, Tensor) and mask.shape == given.shape[:2]:
+    # Ids [B, T] or [B, choices, T], embeddings with a dimension more, or the samples of a sound.
+    if isinstance(mask, Tensor) and mask.shape in (given.shape, given.shape[:-1]):
         return mask.bool().cpu()
-    if mask is None or given.dim() != 2:
+    if mask is None or given.is_floating_point():
         return None
     raise ModelError(
         "random_sentence has to tell padding from tokens, and this attention_mask is not one "
