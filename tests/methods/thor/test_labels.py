@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -77,9 +78,10 @@ def test_equal_copies_have_the_loss_of_the_model_itself(name: str) -> None:
     """In training, in an ensemble and in a report, at the first loss and at later ones."""
     make, batch = CASES[name]
     dense = tiny.initialise(make)
+    start = copy.deepcopy(dense)
     stock = dense.train()(**batch).loss.detach()
     for first in ("training", "ensemble", "report"):
-        model = tiny.initialise(make)
+        model = copy.deepcopy(start)
         moduli.convert(model, moduli.THOR(alpha=5.0, layers="all", inference="ensemble_prob"))
         if first == "report":
             found = torch.tensor(list(moduli.thor_report(model, batch).losses.values()))
