@@ -138,10 +138,10 @@ class Passes:
         self.inside, self._pending = False, None
         then = self.chooser.snapshot()
         self.chooser.ensemble, self.chooser.plan = False, None
-        if output is None:  # the forward has raised
-            return None
         if plan is None and self.chooser.mode == "random_sentence":
             self._note(model, output)
+        if output is None:  # the forward has raised
+            return None
         if pending is None:
             return None if plan is None else self._single(model, output, then)
         if plan is not None:
