@@ -59,6 +59,7 @@ class HashRouter(Router):
         Raises:
             ModelError: the ids of the tokens are not known, or not in the table (on a CPU, since
                 looking would wait for another device).
+            ConfigError: several experts per token are asked for.
         """
         if context.ids is None:
             raise ModelError(
@@ -66,6 +67,7 @@ class HashRouter(Router):
                 "layer's input; give the model input_ids (decoder_input_ids or labels for the "
                 "layers of a decoder) and not inputs_embeds"
             )
+        self.require_top_k(self.rule.top_k)
         try:
             experts = self.table[context.ids][:, None]
         except IndexError as error:
