@@ -45,4 +45,4 @@ def test_the_model_of_a_step() -> None:
     assert cluster.exchange(1024) > cluster.exchange(16) > cluster.exchange(8)
     even = benchmark.simulated(cluster, 16, 0.0, steps=20)
     assert even >= cluster.step(16, 0.0)  # the busiest rank decides
-    assert even == pytest.approx(cluster.step(16, 0.0), rel=0.1)
+    assert even == pytest.approx(cluster.step(16, 0.0), rel=0.01)

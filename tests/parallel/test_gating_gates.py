@@ -64,6 +64,17 @@ def test_gates_that_choose_otherwise_than_by_logits_are_refused(policy: Any) -> 
         model(input_ids=tokens())
 
 
+@pytest.mark.parametrize("policy", ["paper", "masked_gate"])
+def test_gates_that_draw_experts_are_refused_whatever_they_draw(policy: Any) -> None:
+    """Phimoe draws among those with nearly the same logit, which shows in few tokens only."""
+    for seed in range(3):
+        model = tiny.initialise(lambda: tr.PhimoeForCausalLM(tr.PhimoeConfig(**SIZES)), seed)
+        config = GatingDropout(p=1.0, local_policy=policy)
+        gating_dropout(model.train(), config, ranks=2).set_step(0)
+        with pytest.raises(ModelError, match=r'a PhimoeTopKRouter.*local_policy="modulo"'):
+            model(input_ids=tokens()[:1, :3])
+
+
 @pytest.mark.parametrize("family", families.MOE)
 def test_gates_round_to_the_dtype_of_the_model(family: str) -> None:
     model = build(family).to(torch.bfloat16)

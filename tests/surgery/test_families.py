@@ -111,3 +111,24 @@ def test_families_without_a_convertible_ffn_are_left_alone(family: str) -> None:
 def test_a_model_that_has_experts_is_told_so(family: str) -> None:
     with pytest.raises(ModelError, match=r"experts: is a bank of experts already"):
         moduli.convert(families.build(family), "emoe")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [*METHODS, "hash"])
+def test_texts_to_choose_from_are_rows_with_ids_and_padding(method: str) -> None:
+    """[batch, choices, tokens], also in what a conversion is measured on."""
+    config = families.tr.BertConfig(**families._ENCODER)
+    model = families.tiny.initialise(lambda: families.tr.BertForMultipleChoice(config))
+    hashed = moduli.HashLayers(num_experts=3, layers="all")
+    report = moduli.convert(model, {**METHODS, "hash": hashed}[method])
+    assert report is not None
+    assert report.probe == "128 random tokens"
+    assert all(layer.error is not None for layer in report.layers)
+    ids = torch.randint(3, families.VOCAB, (2, 3, 7))
+    mask = (torch.arange(7) < torch.tensor([7, 5, 2])[:, None]).expand_as(ids).long()
+    seen: list[Tensor | None] = []
+    shared = next(iter(routed_layers(model).values())).shared
+    shared.record = lambda name, routing, real: seen.append(real)
+    assert model(ids, mask).logits.shape == (2, 3)
+    assert len(seen) == families.LAYERS
+    assert all(real is not None and torch.equal(real, mask.flatten().bool()) for real in seen)

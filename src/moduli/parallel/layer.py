@@ -268,10 +268,10 @@ class GatedLayer:
             self._understood = True
         elif len(logits):
             require_choice_by_logits(self.name, gate, logits, index)
-            self._understood = True
-            if self.config.local_policy == "masked_gate":
-                found = renormalises(self.name, gate, logits, weights)
-                self._renormalised, self._understood = found
+            # Also where weights do not matter: gates that draw experts show in theirs at once, and
+            # in their choice once in a while (Phimoe).
+            found = renormalises(self.name, gate, logits, weights)
+            self._renormalised, self._understood = found
 
     # --- experts and owner ------------------------------------------------------------------------
 

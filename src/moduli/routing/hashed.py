@@ -41,6 +41,14 @@ class HashRouter(Router):
         self.table: Tensor
         self.register_buffer("table", table.clone())
 
+    def require_top_k(self, k: int) -> None:
+        """Raise unless k is 1."""
+        if k != 1:
+            raise ConfigError(
+                f"top_k is {k}, but a table has one expert per token (Hash Layers); leave it at 1, "
+                "or convert the dense model by moduli.SparseUpcycling(top_k=...)"
+            )
+
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Nothing: a token's vector does not matter."""
         return x.new_zeros(()).expand(len(x), self.num_experts)
@@ -59,10 +67,7 @@ class HashRouter(Router):
                 "layer's input; give the model input_ids (decoder_input_ids or labels for the "
                 "layers of a decoder) and not inputs_embeds"
             )
-        if self.rule.top_k != 1:
-            raise ConfigError(
-                f"top_k is {self.rule.top_k}, but a table has one expert per token; set it to 1"
-            )
+        self.require_top_k(self.rule.top_k)
         try:
             experts = self.table[context.ids][:, None]
         except IndexError as error:

@@ -49,6 +49,13 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.rule = rule
 
+    def require_top_k(self, k: int) -> None:
+        """Raise if the router cannot take k experts per token, however many there are.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Score of each expert for each token; higher is better."""
         raise TypeError(f"{type(self).__name__} does not define scores(x)")

@@ -89,6 +89,20 @@ class SwitchRouter(LinearRouter):
         self.scale = scale
         self.jitter = jitter
 
+    def require_top_k(self, k: int) -> None:
+        """Raise unless k is 1 (Switch), or 2 (GShard) and one expert has its probability."""
+        if k not in (1, 2):
+            raise ConfigError(
+                f"top_k is {k}; a router of Switch takes 1 expert per token or, as GShard, 2. "
+                "moduli.SparseUpcycling takes any number"
+            )
+        if k == 2 and (self.rule.combine != "probability" or self.scale != 1):
+            raise ConfigError(
+                "top_k is 2, but this router gives a single expert another weight than its "
+                "probability (gate_scale), and two of them the shares of theirs; leave it at 1, or "
+                'convert with gate_scale="prob"'
+            )
+
     def scores(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         with full_precision(x.device):
             weight = self.gate.weight

@@ -275,7 +275,8 @@ def set_top_k(model: nn.Module, k: int) -> None:
     it does in the reference.
 
     Raises:
-        ConfigError: some layer has fewer than `k` experts, or k < 1.
+        ConfigError: some layer has fewer than `k` experts, or k < 1, or its router cannot take k:
+            Hash Layers takes 1, Switch 1 or 2. Nothing has changed.
         ModelError: the model has no routed layers.
     """
     layers = require_modular(model)
@@ -285,6 +286,7 @@ def set_top_k(model: nn.Module, k: int) -> None:
                 f"top_k={k}, but {name} has {layer.num_experts} experts; "
                 f"choose 1 to {layer.num_experts}"
             )
+        layer.router.require_top_k(k)
     for layer in layers.values():
         rule = dataclasses.replace(layer.router.rule, top_k=k)
         for module in layer.router.modules():  # PEFT's modules_to_save wraps a trained router

@@ -7,6 +7,7 @@ is not in the table is recognised by its structure (`moduli.surgery.structure`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Family:
     residual: bool = False
     beside: str | None = None
 
-    @property
+    @cached_property
     def parts(self) -> tuple[str, ...]:
         """Paths of the sub-modules that make the family."""
         return tuple(p for p in (self.first, self.up, self.last, self.act) if p is not None)
 
-    @property
+    @cached_property
     def required(self) -> tuple[str, ...]:
         """Paths that a block must have to be of this family."""
         return self.parts if self.beside is None else (*self.parts, self.beside)

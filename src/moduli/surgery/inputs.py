@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TEXTS, LENGTH, IMAGES = 4, 32, 2
+TEXTS, LENGTH, IMAGES, CHOICES = 4, 32, 2, 2
 
 Batch = Mapping[str, Any]
 """Keyword arguments of a model's forward."""
@@ -37,11 +37,20 @@ def probe_batch(model: nn.Module) -> tuple[str, dict[str, Tensor]] | None:
     if made is None:
         return None
     text, batch = made
+    if _chooses(model):
+        batch = {name: ids.unflatten(0, (-1, CHOICES)) for name, ids in batch.items()}
     weight = next(model.parameters())
     return text, {
         name: tensor.to(weight.device, weight.dtype if tensor.is_floating_point() else None)
         for name, tensor in batch.items()
     }
+
+
+def _chooses(model: nn.Module) -> bool:
+    """Whether a model tells which of several texts is right, and reads [B, choices, S]."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+
+    return type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
 
 
 _Made = tuple[str, dict[str, Tensor]] | None

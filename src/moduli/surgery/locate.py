@@ -198,6 +198,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
 
 def _family_of(block: nn.Module) -> tuple[Family | None, str | None]:
     """The family of a block, or why it cannot be used, or neither if it is no FFN at all."""
+    if not any(True for _ in block.children()):  # as most modules; it holds no projections
+        return None, _bank_in(block)
     present = {f: [path for path in f.required if _has(block, path)] for f in FAMILIES}
     for family, paths in present.items():
         if len(paths) == len(family.required):
@@ -206,13 +208,20 @@ def _family_of(block: nn.Module) -> tuple[Family | None, str | None]:
     guess, reason = recognise(block)
     if guess is not None or reason is not None:
         return guess, reason
-    if any(p.dim() == 3 and name in PARTS for name, p in block.named_parameters(recurse=False)):
-        return None, "is a bank of experts already"
+    bank = _bank_in(block)
+    if bank is not None:
+        return None, bank
     nearest = max(FAMILIES, key=lambda f: len(present[f]) / len(f.required))
     missing = [path for path in nearest.required if path not in present[nearest]]
     if len(present[nearest]) < 2 or len(missing) > 1:
         return None, None
     return None, f"looks like {nearest.name}, but has no {missing[0]}"
+
+
+def _bank_in(block: nn.Module) -> str | None:
+    own = block.named_parameters(recurse=False)
+    bank = any(p.dim() == 3 and name in PARTS for name, p in own)
+    return "is a bank of experts already" if bank else None
 
 
 def _as_used(block: nn.Module, family: Family) -> Family:

@@ -92,11 +92,15 @@ class IdsHook(ModelHook):
 def _table(
     args: tuple[object, ...], kwargs: dict[str, object], name: str, position: int | None
 ) -> Tensor | None:
-    """An argument of a forward, if it was given and is one number per token."""
+    """An argument of a forward, if it was given and is one number per token, by rows.
+
+    Texts to choose from, [batch, choices, tokens], are rows of their own to the layers.
+    """
     found = kwargs.get(name)
     if found is None and position is not None and position < len(args):
         found = args[position]
-    return found if isinstance(found, Tensor) and found.dim() == 2 else None
+    fits = isinstance(found, Tensor) and found.dim() in (2, 3)
+    return found.flatten(0, -2) if isinstance(found, Tensor) and fits else None
 
 
 def watch(model: nn.Module, shared: Pass) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,12 +56,13 @@ class LossHook(HostHook):
     """Forward pre-hook of a model that makes its whole training loss itself, from `labels` and
     `num_items_in_batch`, so that nobody else may make one of its logits."""
 
-    def smooth_labels(self, share: float) -> None:
-        """What training asks for, unless the model has a label smoothing of its own.
+    def smooth_labels(self, share: float) -> AbstractContextManager[None]:
+        """Train so while it is entered, unless the model has a label smoothing of its own.
 
         Args:
             share: of the target's mass that the other classes get.
         """
+        return nullcontext()
 
 
 def loss_maker(model: nn.Module) -> LossHook | None:

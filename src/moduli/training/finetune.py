@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,13 @@ def finetune(
             f"The training data has no column {' and '.join(sorted(map(repr, missing)))}; "
             f"its columns are {', '.join(sorted(train[0]))}."
         )
-    with tempfile.TemporaryDirectory(prefix="moduli-") as scratch, soft_interrupt() as stop:
+    maker = loss_maker(model)
+    smoothing = maker.smooth_labels(settings.label_smoothing) if maker else nullcontext()
+    with (
+        tempfile.TemporaryDirectory(prefix="moduli-") as scratch,
+        soft_interrupt() as stop,
+        smoothing,
+    ):
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
         checkpoint = last_checkpoint(out) if out is not None else None
@@ -356,11 +363,8 @@ def _trainer(
             )
 
     # A loss made of the logits would lack what the model adds to its own.
-    maker = loss_maker(model)
-    if maker is not None:
-        maker.smooth_labels(settings.label_smoothing)
     adds = kind.name == "language-modeling" and adds_own_losses(model)
-    model_loss = maker is not None or adds
+    model_loss = loss_maker(model) is not None or adds
     loss = kind.loss
     if settings.label_smoothing:
         if loss is not token_loss:

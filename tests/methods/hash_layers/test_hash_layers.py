@@ -163,10 +163,13 @@ def test_embeddings_instead_of_ids_are_refused() -> None:
 
 
 def test_a_second_expert_is_refused() -> None:
-    model = hashed("bert")
-    moduli.set_top_k(model, 2)
+    model, inputs = hashed("bert"), text("bert")
+    expected, recorded = model(**inputs).logits, dict(model.config.moduli)
     with pytest.raises(ConfigError, match=r"top_k is 2.*one expert per token"):
-        model(**text("bert"))
+        moduli.set_top_k(model, 2)
+    assert model.config.moduli == recorded
+    moduli.set_top_k(model, 1)
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_a_balanced_table_needs_data() -> None:

@@ -380,6 +380,52 @@ def test_merging_is_exact_only_if_no_weight_scales_the_output(
     torch.testing.assert_close(model(**batch).logits, routed, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_merged_layer_lacks_the_weight_of_its_expert() -> None:
+    """At "prob" it gives FFN(x) where equal copies give p FFN(x), up to E times as much."""
+    model = switched(gate_scale="prob", layers=[0])
+    (layer,), seen = routed_layers(model).values(), watched(model)
+    outputs: list[Tensor] = []
+    layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    ids = rows()["input_ids"]
+    model(ids)
+    with moduli.dense(model):
+        model(ids)
+    weights = seen[0][1].weights.reshape(*outputs[0].shape[:2], 1)
+    torch.testing.assert_close(outputs[0], weights * outputs[1], rtol=1e-4, atol=1e-5)
+    assert 1 / 3 < float(weights.min()) < float(weights.max()) < 1
+
+
+@torch.no_grad()
+def test_top_k_turns_switch_into_gshard_and_back() -> None:
+    inputs = rows()
+    one, two = (switched(top_k=k) for k in (1, 2))
+    switch, gshard = one(**inputs).logits, two(**inputs).logits
+    for model, k, expected in ((one, 2, gshard), (two, 1, switch), (one, 1, switch)):
+        moduli.set_top_k(model, k)
+        assert torch.equal(model(**inputs).logits, expected)
+    assert not torch.allclose(switch, gshard)
+
+
+@pytest.mark.parametrize(
+    ("settings", "k", "says"),
+    [
+        ({}, 3, "top_k is 3; a router of Switch takes 1 .* GShard, 2.*SparseUpcycling"),
+        ({"gate_scale": "one"}, 2, "top_k is 2, but .*gate_scale"),
+        ({"gate_scale": "prob_times_E"}, 2, "top_k is 2, but .*gate_scale"),
+    ],
+)
+def test_a_top_k_that_settings_refuse_is_refused_later(
+    settings: dict[str, Any], k: int, says: str
+) -> None:
+    model = switched(**settings)
+    recorded = dict(model.config.moduli)
+    with pytest.raises(ConfigError, match=says):
+        moduli.set_top_k(model, k)
+    assert model.config.moduli == recorded
+    assert next(iter(routed_layers(model).values())).router.rule.top_k == 1
+
+
 def test_trained_copies_cannot_be_merged_exactly() -> None:
     model = scatter(switched())
     with pytest.raises(ModelError, match="cannot be merged exactly"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import moduli
+from moduli.methods.thor import last_step
 from moduli.surgery.stochastic import stochastic_projections
 from tests import families
 
@@ -54,6 +55,21 @@ def labelled(family: str, seed: int = 0) -> Batch:
     if family in families.DECODERS:
         return {**batch, "labels": batch["input_ids"].where(batch["attention_mask"] == 1, -100)}
     return {**batch, "labels": torch.tensor([2, 0])}
+
+
+def assert_drawn_train(model: Any, part: str = "") -> None:
+    """Of the experts, those that the last step has drawn have a gradient in every parameter (whose
+    name has this part), and the others none."""
+    record = last_step(model)
+    assert record is not None
+    for projection in stochastic_projections(model).values():
+        drawn = {one[projection.layer] for one in record.plan.experts}
+        assert len(drawn) < len(projection.experts), "the test proves nothing"
+        for number, expert in enumerate(projection.experts):
+            grads = {name: p.grad for name, p in expert.named_parameters() if part in name}
+            assert grads
+            for name, grad in grads.items():
+                assert (grad is not None and bool(grad.any())) == (number in drawn), name
 
 
 def gradients(model: Any) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
+import transformers as tr
 
 import moduli
-from moduli.errors import ConfigError, DataError
+from moduli.errors import ConfigError, DataError, ModelError
 from moduli.methods.thor import THOR
 from tests.methods.thor.models import build, labelled
 
@@ -46,6 +48,20 @@ def test_the_preset_gives_way_to_what_is_given() -> None:
     assert paper.mode == "random_sentence"
     own = THOR(preset="paper", alpha=2.0, label_smoothing=0.0, inference="fixed:1")
     assert (own.objective.alpha, own.objective.label_smoothing, own.mode) == (2.0, 0.0, "fixed:1")
+
+
+def test_a_row_that_is_passed_twice_needs_a_padding_token() -> None:
+    config = tr.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_inner=8)
+    model = tr.GPT2ForSequenceClassification(config).train()
+    row = {"input_ids": torch.tensor([[4, 5, 6]]), "labels": torch.tensor([1])}
+    expected = model.eval()(**row).loss
+    moduli.convert(model.train(), moduli.THOR(inference="ensemble_prob"))
+    for training in (True, False):
+        with pytest.raises(ModelError, match=r"set model\.config\.pad_token_id"):
+            model.train(training)(**row)
+    model.config.pad_token_id = 0
+    torch.testing.assert_close(model(**row).loss, expected)
+    assert model.train()(**row).loss.isfinite()
 
 
 def test_an_unknown_mode_leaves_the_model_as_it_was() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from moduli.methods.thor import last_step
@@ -16,6 +17,7 @@ from tests.methods.thor.models import assert_same, gradients
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow  # without the Trainer: tests/parallel, copies that every rank holds
 def test_ranks_are_one_large_batch(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.methods.thor.ddp_ranks", str(tmp_path)]
     done = subprocess.run(

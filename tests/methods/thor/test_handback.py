@@ -14,7 +14,13 @@ from moduli.errors import CheckpointError, ModelError
 from moduli.methods.thor.plan import seeded
 from moduli.surgery.stochastic import stochastic_projections
 from tests import families, tiny
-from tests.methods.thor.models import build, labelled, parted
+from tests.methods.thor.models import (
+    assert_drawn_train,
+    build,
+    gradients,
+    labelled,
+    parted,
+)
 from tests.surgery.test_roundtrip import digests
 
 FAMILIES = [
@@ -92,7 +98,7 @@ def test_noise_is_relative_and_seeded() -> None:
         model = build("bert", noise=0.1, seed=seed)
         experts = next(iter(stochastic_projections(model).values())).experts
         moved = torch.stack([e.weight - dense for e in experts])
-        assert float(moved.std() / dense.std()) == pytest.approx(0.1, rel=0.1)
+        assert float(moved.std() / dense.std()) == pytest.approx(0.1, rel=0.05)
         assert not torch.equal(moved[0], moved[1])
         if seed in drawn:
             assert torch.equal(moved, drawn[seed])
@@ -101,24 +107,32 @@ def test_noise_is_relative_and_seeded() -> None:
     assert seeded(1).initial_seed() != seeded(2).initial_seed()
 
 
-def test_experts_carry_adapters(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # which PEFT mends itself
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_experts_carry_adapters(family: str) -> None:
     """LoRA on every expert: what is drawn trains, modes compute with it, merging brings it home."""
-    model, batch = build("llama"), labelled("llama")
+    model, batch = build(family), labelled(family)
     adapted = get_peft_model(
-        model, LoraConfig(r=2, target_modules=r".*mlp\..*\.experts\.\d", init_lora_weights=False)
+        model, LoraConfig(r=2, target_modules=r".*\.experts\.\d+", init_lora_weights=False)
     )
     adapted.train()(**batch).loss.backward()
-    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
-    assert trained
-    assert all("lora_" in name for name in trained)
+    assert all("lora_" in name for name in gradients(adapted))
+    assert_drawn_train(adapted, "lora_")
     with pytest.raises(ModelError, match="carry an adapter"):
         moduli.merge(adapted)
     adapted.eval()
     with torch.no_grad():
         average = adapted(**batch).logits
         merged = adapted.merge_and_unload()
-        torch.testing.assert_close(merged(**batch).logits, average, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(merged(**batch).logits, average, rtol=1e-4, atol=1e-5)
         assert moduli.merge(merged).averaged
+
+
+@pytest.mark.parametrize("names", [["dense"], ["experts"]])
+def test_names_of_projections_are_no_targets_of_adapters(names: list[str]) -> None:
+    """As the page says: such a name stands for all experts of a projection together."""
+    with pytest.raises(ValueError, match=r"is not supported"):
+        get_peft_model(build("bert"), LoraConfig(r=2, target_modules=names))
 
 
 def test_another_number_of_copies_is_not_resumed(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers as tr
 from torch import Tensor
 
 import moduli
@@ -13,7 +16,7 @@ from moduli.errors import ModelError
 from moduli.methods.thor.chooser import MODES, ThorChooser
 from moduli.methods.thor.passes import passes_of
 from moduli.surgery.stochastic import StochasticProjection
-from tests import families
+from tests import families, tiny
 from tests.methods.thor.models import build, labelled, only, parted
 
 GENERATIVE = ["llama", "gpt2", "t5", "bart"]
@@ -127,6 +130,18 @@ def test_a_sentence_does_not_depend_on_how_its_batch_is_written() -> None:
         model(ids, mask[:, None].expand(-1, ids.shape[1], -1))
 
 
+@torch.no_grad()
+def test_padding_of_texts_to_choose_from_is_no_part_of_them() -> None:
+    model = tiny.initialise(lambda: tr.BertForMultipleChoice(tr.BertConfig(**families._ENCODER)))
+    moduli.convert(model, moduli.THOR(num_experts=8, layers="all", inference="random_sentence"))
+    parted(model, by=1.0)
+    ids = torch.randint(3, families.VOCAB, (2, 3, 5))
+    padded = torch.nn.functional.pad(ids, (0, 2))
+    expected = model(ids, torch.ones_like(ids)).logits
+    found = model(padded, (padded > 0).long()).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def written(model: Any, batch: dict[str, Tensor], **options: Any) -> list[list[int]]:
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -167,6 +182,52 @@ def test_sentences_keep_their_experts_while_they_are_written(
     assert all(len(experts) == 1 for experts in chosen.values())
     alone = {name: tensor[:1] for name, tensor in batch.items()}
     assert written(model, alone, num_beams=beams) == together[:1]
+
+
+def decoding(model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Logits of the steps of greedy decoding by hand, in any of two cases with a cache."""
+    ids = batch["input_ids"]
+    if model.config.is_encoder_decoder:
+        encoded = model.get_encoder()(ids)
+        yield encoded[0]
+        out = model(encoder_outputs=encoded, decoder_input_ids=ids[:, :1], use_cache=True)
+    else:
+        encoded, out = None, model(ids, use_cache=True)
+    for _ in range(2):
+        yield out.logits
+        chosen, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        if encoded is None:
+            out = model(chosen, past_key_values=cache)
+        else:
+            out = model(encoder_outputs=encoded, decoder_input_ids=chosen, past_key_values=cache)
+    yield out.logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_texts_that_are_written_by_turns_keep_their_experts(family: str) -> None:
+    model = parted(build(family, inference="random_sentence", num_experts=8), by=1.0)
+    batches = [families.inputs(family, seed) for seed in (1, 2)]
+    one, other = (list(decoding(model, batch)) for batch in batches)
+    by_turns = zip(*(decoding(model, batch) for batch in batches), strict=True)
+    for found, expected in zip(by_turns, zip(one, other, strict=True), strict=True):
+        for logits, wanted in zip(found, expected, strict=True):
+            assert torch.equal(logits, wanted)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_has_its_sentences_and_another_cache_none() -> None:
+    model, dense = parted(build("llama", inference="random_sentence"), by=1.0), tiny.build("llama")
+    ids = families.inputs("llama")["input_ids"]
+    filled = model(ids, use_cache=True).past_key_values
+    kept = copy.deepcopy(filled)
+    expected = model(ids[:, :1], past_key_values=filled).logits
+    model(ids.flip(1))
+    assert torch.equal(model(ids[:, :1], past_key_values=kept).logits, expected)
+    with pytest.raises(ModelError, match=r"has read none.*a cache that it has filled"):
+        model(ids[:, :1], past_key_values=dense(ids, use_cache=True).past_key_values)
+    with pytest.raises(ModelError, match="has read none"):
+        model.model(ids)  # and not the sentences of an earlier pass
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -59,10 +60,14 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
     ),
     "xlm": (_xlm, TEXT),
     "bart decoder": (lambda: tr.BartForCausalLM(tr.BartConfig(**families._SEQ2SEQ)), TEXT),
-    "two berts": (_pair, {"input_ids": IDS, "labels": IDS}),
+    "two berts": (_pair, TEXT),  # whose decoder is blind to places without a label
     "masked": (_bert(tr.BertForMaskedLM), TEXT),
     "next token": (_bert(tr.BertLMHeadModel, is_decoder=True), TEXT),
     "tagger": (_bert(tr.BertForTokenClassification), {**TEXT, "labels": IDS % 3}),
+    "choice": (
+        _bert(tr.BertForMultipleChoice),
+        {"input_ids": IDS[:, None] * torch.tensor([1, 0, 1])[:, None], "labels": IDS[:, 0] % 3},
+    ),
     "gpt2": (families.DECODERS["gpt2"], TEXT),
     "opt": (families.DECODERS["opt"], TEXT),
 }
@@ -73,9 +78,10 @@ def test_equal_copies_have_the_loss_of_the_model_itself(name: str) -> None:
     """In training, in an ensemble and in a report, at the first loss and at later ones."""
     make, batch = CASES[name]
     dense = tiny.initialise(make)
+    start = copy.deepcopy(dense)
     stock = dense.train()(**batch).loss.detach()
     for first in ("training", "ensemble", "report"):
-        model = tiny.initialise(make)
+        model = copy.deepcopy(start)
         moduli.convert(model, moduli.THOR(alpha=5.0, layers="all", inference="ensemble_prob"))
         if first == "report":
             found = torch.tensor(list(moduli.thor_report(model, batch).losses.values()))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -11,6 +12,7 @@ from moduli.methods.thor import last_step
 TEXTS = ["a camera that takes splendid pictures", "it broke after two days", "neither good nor bad"]
 
 
+@pytest.mark.slow  # the page's own code trains it, too
 def test_minilm(minilm_path: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(minilm_path, num_labels=2).eval()

@@ -43,6 +43,22 @@ def row_count(model: nn.Module, arguments: Mapping[str, Any]) -> int:
     return next(len(value) for value in arguments.values() if isinstance(value, Tensor))
 
 
+def require_padding_token(model: Any) -> None:
+    """Raise if a model takes single rows only, for want of a padding token.
+
+    Decoders that classify (by a head `score`) look for the last token of a row that is no padding.
+
+    Raises:
+        ModelError: it does.
+    """
+    if hasattr(model, "score") and model.config.get_text_config().pad_token_id is None:
+        raise ModelError(
+            f"this {type(model).__name__} reads a single row as it is and several only if it knows "
+            "padding, and THOR passes every row several times in one batch; set "
+            "model.config.pad_token_id (such as to tokenizer.pad_token_id)"
+        )
+
+
 def repeated(arguments: Mapping[str, Any], rows: int, times: int) -> dict[str, Any]:
     """The arguments with the batch `times` times; what has not `rows` rows stays as it is."""
 
@@ -55,38 +71,6 @@ def repeated(arguments: Mapping[str, Any], rows: int, times: int) -> dict[str, A
         name: value if name in NOT_ROWS else _mapped(value, repeat)
         for name, value in arguments.items()
     }
-
-
-def sentences_in(module: nn.Module, arguments: dict[str, Any]) -> list[bytes]:
-    """The real tokens of every row that a module reads, as bytes."""
-    names = (getattr(module, "main_input_name", "input_ids"), "inputs_embeds")
-    given = next((arguments[n] for n in names if isinstance(arguments.get(n), Tensor)), None)
-    if given is None:
-        raise ModelError(
-            f"random_sentence has to see what {type(module).__name__} reads; give "
-            f"{' or '.join(names)}"
-        )
-    given = given.detach().cpu()
-    if not given.is_floating_point():
-        given = given.long()  # the same ids, in whatever type
-    real = _real_tokens(arguments.get("attention_mask"), given)
-    rows = [row if real is None else row[real[i]] for i, row in enumerate(given)]
-    return [bytes(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in rows]
-
-
-def _real_tokens(mask: Any, given: Tensor) -> Tensor | None:
-    """Which tokens of what a module reads are real; None if all are, or if it reads no text."""
-    if isinstance(mask, Tensor) and mask.dim() == 4:  # [B, heads, queries, S]: seen by any query
-        mask = (mask == 0 if mask.is_floating_point() else mask.bool()).any(2).any(1)
-    if isinstance(mask, Tensor) and mask.shape == given.shape[:2]:
-        return mask.bool().cpu()
-    if mask is None or given.dim() != 2:
-        return None
-    raise ModelError(
-        "random_sentence has to tell padding from tokens, and this attention_mask is not one "
-        f"number per token of {tuple(given.shape)}; give a mask [batch, tokens], or take "
-        "random_token"
-    )
 
 
 def first_rows(output: Any, rows: int, times: int) -> Any:

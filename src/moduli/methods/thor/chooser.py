@@ -70,7 +70,7 @@ class ThorChooser(Chooser):
         seed: of what evaluation draws.
         plan: of the training forward that runs, or whose backward does; None between.
         ensemble: whether the batch of this pass stands in it N times, once for every expert.
-        sentences: hash of each sentence that the model reads, for random_sentence.
+        sentences: that the pass reads or goes on with, for random_sentence; None: not known.
     """
 
     def __init__(self, num_experts: int, mode: str, seed: int) -> None:
@@ -164,7 +164,8 @@ class ThorChooser(Chooser):
             raise ModelError(
                 f"random_sentence chooses an expert for every sentence that the model reads; it "
                 f"has read {known}, but is now given {tuple(lead)} tokens. Call the model itself "
-                "(or its encoder, then the model) on the same sentences"
+                "(or its encoder, then the model) on the same sentences, with a cache that it has "
+                "filled in this mode if any"
             )
         start = repr((self.seed, layer)).encode()
         experts = [hashed(start + one) % self.num_experts for one in self.sentences]

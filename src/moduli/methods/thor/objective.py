@@ -136,14 +136,16 @@ def without_labels(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward without labels, from which the model would make a loss of its own.
 
     Models from text to text take the decoder's input from them; it is made here instead. Where
-    the model does not say how, the labels stay, and its own loss is made in vain.
+    the model does not say how, or makes a mask of them as well (`EncoderDecoderModel`), the labels
+    stay, and its own loss is made in vain.
     """
     rest = {name: value for name, value in arguments.items() if name != "labels"}
     decoder = ("decoder_input_ids", "decoder_inputs_embeds")
     given = any(rest.get(name) is not None for name in decoder)
     if given or not getattr(model.config, "is_encoder_decoder", False):
         return rest
-    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+    masks = model.config.model_type == "encoder-decoder"
+    if masks or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return arguments
     made = model.prepare_decoder_input_ids_from_labels(labels=arguments["labels"])
     return {**rest, "decoder_input_ids": made}

@@ -11,7 +11,8 @@ rows, K passes, N experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,14 +26,15 @@ from moduli.methods.thor.batches import (
     first_rows,
     named_arguments,
     repeated,
+    require_padding_token,
     row_count,
-    sentences_in,
     takes,
 )
 from moduli.methods.thor.chooser import ThorChooser
 from moduli.methods.thor.objective import Objective, found_shift, has_shift, without_labels
 from moduli.methods.thor.outputs import logits_of, loss_of, mean_prediction, with_loss
 from moduli.methods.thor.plan import RoutingPlan
+from moduli.methods.thor.sentences import cache_in, note, noted, sentences_in
 from moduli.surgery.modular import HostHook, ModelHook
 from moduli.surgery.recall import recall_in_backward
 from moduli.training.auxiliary import LossHook
@@ -123,6 +125,8 @@ class Passes:
                 return None
             return (), arguments
         rows = row_count(model, arguments)
+        if rows == 1 and times > 1:
+            require_padding_token(model)
         if labels is not None and not (has_shift(labels) and self.predicts_next is None):
             arguments = without_labels(model, arguments)
         self._pending = _Pending(times, rows, labels, items)
@@ -134,6 +138,8 @@ class Passes:
         self.inside, self._pending = False, None
         then = self.chooser.snapshot()
         self.chooser.ensemble, self.chooser.plan = False, None
+        if plan is None and self.chooser.mode == "random_sentence":
+            self._note(model, output)
         if output is None:  # the forward has raised
             return None
         if pending is None:
@@ -180,17 +186,32 @@ class Passes:
         self.chooser.ensemble = True
         return (), repeated(arguments, row_count(encoder, arguments), times)
 
-    def after_encoder(self) -> None:
+    def after_encoder(self, encoder: nn.Module, output: Any) -> None:
         """Forward hook of an encoder."""
         self.chooser.ensemble = self.inside and self.chooser.ensemble
+        if output is not None and not encoder.training and self.chooser.sentences is not None:
+            note(output[0], self.chooser.sentences)
 
     def _read(self, model: Any, arguments: dict[str, Any]) -> None:
-        """Note the sentences that a model without an encoder begins to read."""
-        cache = arguments.get("past_key_values")
-        goes_on = cache is not None and cache.get_seq_length() > 0
-        apart = getattr(model.config, "is_encoder_decoder", False)
-        if self.chooser.mode == "random_sentence" and not goes_on and not apart:
+        """Find the sentences that a pass of evaluation goes on with, or begins to read."""
+        if self.chooser.mode != "random_sentence":
+            return
+        cache, encoded = arguments.get("past_key_values"), arguments.get("encoder_outputs")
+        if cache is not None and cache.get_seq_length() > 0:
+            self.chooser.sentences = noted(cache)
+        elif not getattr(model.config, "is_encoder_decoder", False):
             self.chooser.sentences = sentences_in(model, arguments)
+        elif encoded is not None and noted(encoded[0]) is not None:
+            self.chooser.sentences = noted(encoded[0])
+        # Else its encoder reads them now; or has just done so, and beams repeat what it made.
+
+    def _note(self, model: Any, output: Any) -> None:
+        """Leave the sentences of this pass to those that go on with its cache."""
+        cache = cache_in(output)
+        if cache is not None:
+            note(cache, self.chooser.sentences)
+        if not getattr(model.config, "is_encoder_decoder", False):
+            self.chooser.sentences = None
 
     def _single(self, model: nn.Module, output: Any, then: dict[str, Any]) -> None:
         """A training forward without labels: its backward recalls the plan."""
@@ -210,10 +231,16 @@ class BeforeModel(LossHook):
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
 
-    def smooth_labels(self, share: float) -> None:
+    @contextmanager
+    def smooth_labels(self, share: float) -> Iterator[None]:
         """See `LossHook`."""
+        own = self.passes.objective
         if not self.passes.smooths:
-            self.passes.objective = replace(self.passes.objective, label_smoothing=share)
+            self.passes.objective = replace(own, label_smoothing=share)
+        try:
+            yield
+        finally:
+            self.passes.objective = own
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.passes.before(model, args, kwargs)
@@ -246,7 +273,7 @@ class AfterEncoder(ModelHook):
         self.passes = passes
 
     def __call__(self, encoder: nn.Module, args: object, kwargs: object, output: Any) -> None:
-        self.passes.after_encoder()
+        self.passes.after_encoder(encoder, output)
 
 
 def hang_in(model: Any, passes: Passes) -> None:
