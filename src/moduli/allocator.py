@@ -2,8 +2,12 @@
 
 By default glibc maps every large tensor afresh and unmaps it when it is freed, so that each one
 pays for its pages again. Keeping them makes layers with large temporaries, dense ones too, up to
-several times faster on CPU, at the price that the process does not give memory back. It changes
-the whole process, so the library never does it by itself; the command line does.
+several times faster on CPU. It changes the whole process, so the library never does it by itself;
+the command line does.
+
+Blocks of many sizes leave holes that the next ones do not fit, so that the process would grow
+without end. Training and testing ask after each batch whether it has doubled, and then what is free
+goes back to the system.
 """
 
 from __future__ import annotations
@@ -12,13 +16,17 @@ import ctypes
 import logging
 import os
 import sys
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 OFF = "MODULI_KEEP_MALLOC"
 """Environment variable; 1 leaves the allocator as it is."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_STATUS = Path("/proc/self/statm")
+_LEAST = 2**30
 _tuned = False
+_held: int | None = None  # bytes of memory when it was last settled; None right after a trim
 
 
 def tune_malloc() -> bool:
@@ -39,6 +47,26 @@ def tune_malloc() -> bool:
     if _tuned:
         log.info("allocator keeps freed memory (M_MMAP_MAX=0); %s=1 leaves it as it is", OFF)
     return _tuned
+
+
+def release_growth() -> None:
+    """Give freed memory back if, after `tune_malloc`, the process holds twice what it did.
+
+    Growth of less than 1 GiB is let be. One batch after memory was given back sets the new measure,
+    so what every batch needs is kept.
+    """
+    global _held
+    if not _tuned:
+        return
+    try:
+        now = int(_STATUS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no /proc
+        return
+    if _held is None:
+        _held = now
+    elif now > 2 * _held and now - _held > _LEAST:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _held = None
 
 
 def malloc_is_tuned() -> bool:

@@ -112,6 +112,26 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert same(weights(model), weights(reference))
 
 
+def test_a_run_with_all_its_steps_makes_no_more(
+    fresh_model: Load, tokenizer: Any, rows: Rows, tmp_path: Path
+) -> None:
+    """Killed between training and what comes after it, in the middle of an epoch."""
+    settings = dataclasses.replace(FAST, max_steps=2, schedule="inverse-sqrt")
+    runs = []
+    for _ in range(2):
+        model = fresh_model()
+        result = finetune(
+            model, tokenizer, "classification", rows, settings=settings, seed=3, out=tmp_path,
+            checkpoint_every=1,
+        )  # fmt: skip
+        runs.append((result.resumed_from, result.steps, result.losses, weights(model)))
+    (first, *one, before), (second, *other, after) = runs
+    assert (first, second) == (None, 2)
+    assert one == other
+    assert one[0] == 2
+    assert same(before, after)
+
+
 def test_accumulated_batches_step_like_one_large_batch(
     fresh_model: Load, tokenizer: Any, rows: Rows
 ) -> None:

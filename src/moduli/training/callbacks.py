@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from moduli.allocator import release_growth
 from moduli.errors import TrainingError
 
 
@@ -52,6 +53,14 @@ class ReportProgress(TrainerCallback):
                     learning_rate=logs["learning_rate"],
                 )
             )
+
+
+class ReleaseGrowth(TrainerCallback):
+    """Keeps the process from growing with every step; see `moduli.allocator`."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Between two steps nothing large is in use."""
+        release_growth()
 
 
 class KeepLayout(TrainerCallback):

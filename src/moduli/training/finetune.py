@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moduli.allocator import release_growth
 from moduli.errors import ConfigError, DataError, TrainingError
 from moduli.surgery.convert import require_same_layout
 from moduli.training.auxiliary import adds_own_losses, loss_maker, with_stock_auxiliary
@@ -136,6 +137,7 @@ def finetune(
             directory=out or Path(scratch),
             save=out is not None,
             checkpoint_every=checkpoint_every,
+            resumed_from=resumed_from,
             on_progress=on_progress,
             stop=stop,
             callbacks=callbacks,
@@ -177,9 +179,10 @@ def outputs_of(
         DataError: no rows.
     """
     examples, batches = batches_of(kind, model, processor, rows, max_length, batch_size)
-    found = [
-        (members, outputs_of_batch(model, batch, kind.reduction)) for members, batch in batches
-    ]
+    found = []
+    for members, batch in batches:
+        found.append((members, outputs_of_batch(model, batch, kind.reduction)))
+        release_growth()
     return examples, in_order(found)
 
 
@@ -300,6 +303,7 @@ def _trainer(
     directory: Path,
     save: bool,
     checkpoint_every: int | None,
+    resumed_from: int | None,
     on_progress: Callable[[Any], None] | None,
     stop: threading.Event,
     callbacks: Sequence[Any],
@@ -309,6 +313,7 @@ def _trainer(
 
     from moduli.training.callbacks import (
         KeepLayout,
+        ReleaseGrowth,
         ReportProgress,
         StopOnNonFinite,
         StopWhenAsked,
@@ -349,7 +354,12 @@ def _trainer(
     order = ShuffledByLength(examples.lengths, settings.batch_size, seed)
 
     class GroupedTrainer(Trainer):
-        """The stock Trainer with our order of the data, by the method it offers for that."""
+        """The stock Trainer with our order of the data, by the methods it offers for that."""
+
+        def set_initial_training_values(self, *args: Any) -> Any:
+            """No epoch is left of a run that has its steps; the stock Trainer makes one more."""
+            epochs, *rest = super().set_initial_training_values(*args)
+            return (0 if rest[-1] <= (resumed_from or 0) else epochs, *rest)
 
         def get_train_dataloader(self) -> Any:
             return self.accelerator.prepare(
@@ -373,13 +383,14 @@ def _trainer(
                 f"text, and this is a task of {kind.name}. Leave it 0."
             )
         loss = partial(token_loss, label_smoothing=settings.label_smoothing)
+    hooks = [StopOnNonFinite(), StopWhenAsked(stop, save=save), KeepLayout(), ReleaseGrowth()]
     trainer = GroupedTrainer(
         model=model,
         args=arguments,
         train_dataset=examples.items,
         data_collator=collate,
         processing_class=processor,
-        callbacks=[StopOnNonFinite(), StopWhenAsked(stop, save=save), KeepLayout(), *callbacks],
+        callbacks=[*hooks, *callbacks],
         compute_loss_func=None if model_loss else with_stock_auxiliary(loss, model),
     )
     # The forward of a classifier takes **kwargs, from which the Trainer concludes that it divides
