@@ -358,8 +358,8 @@ def _trainer(
 
         def set_initial_training_values(self, *args: Any) -> Any:
             """No epoch is left of a run that has its steps; the stock Trainer makes one more."""
-            epochs, *rest = super().set_initial_training_values(*args)
-            return (0 if rest[-1] <= (resumed_from or 0) else epochs, *rest)
+            values = super().set_initial_training_values(*args)
+            return (0, *values[1:]) if values[-1] <= (resumed_from or 0) else values
 
         def get_train_dataloader(self) -> Any:
             return self.accelerator.prepare(
