@@ -398,6 +398,16 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert moduli.data.cache_dir().name == "moduli"
 
 
+def test_a_slip_in_a_relative_path_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="runs has no 'mime'.*runs/mine"):
+        moduli.data.resolve_model("runs/mime")
+    assert moduli.data.resolve_model("others/mime") == "others/mime"
+
+
 def test_resolve_model_keeps_paths_and_hub_names(tmp_path: Path) -> None:
     assert moduli.data.resolve_model(str(tmp_path)) == str(tmp_path)
     assert moduli.data.resolve_model("google/bert_uncased_L-2") == "google/bert_uncased_L-2"

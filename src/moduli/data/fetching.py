@@ -114,6 +114,13 @@ def resolve_model(name_or_path: str, *, on_event: Event | None = None) -> str:
             f"No model at {name_or_path!r}: there is no such file or directory. A model is a "
             f"directory, a Hugging Face name, or one of: {', '.join(sorted(table))}."
         )
+    if "/" in name_or_path and path.parent.is_dir():  # rather than to ask the hub for a slip
+        there = sorted(str(entry) for entry in path.parent.iterdir() if entry.is_dir())
+        raise CheckpointError(
+            f"No model at {name_or_path!r}: the directory {path.parent} has no {path.name!r}. "
+            f"{nearest(name_or_path, there)} (For a model of the hub by that name, run this where "
+            f"no directory is called {path.parent}.)"
+        )
     return name_or_path
 
 
