@@ -403,7 +403,7 @@ def test_a_slip_in_a_relative_path_is_not_asked_of_the_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="runs has no 'mime'.*runs/mine"):
+    with pytest.raises(CheckpointError, match=r"runs has no 'mime'.*runs/mine"):
         moduli.data.resolve_model("runs/mime")
     assert moduli.data.resolve_model("others/mime") == "others/mime"
 
