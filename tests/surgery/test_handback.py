@@ -49,7 +49,9 @@ def in_new_process(setup: str, folder: Path, example: dict[str, Any], tmp: Path)
     return load_file(out)["logits"]
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f == "bert" else pytest.mark.slow) for f in MODELS]
+)
 def test_saved_model_is_bit_equal_in_a_new_process(family: str, tmp_path: Path) -> None:
     model, example = make(family), inputs(family)
     moduli.convert(model, emoe())
