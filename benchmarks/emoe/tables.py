@@ -73,12 +73,12 @@ def markdown(name: str, summary: dict[str, Any], *, short: bool = False) -> str:
         each = [row["label"], *means, *differences, *([] if short else [time])]
         lines.append(f"| {' | '.join(each)} |")
     runs = summary["finished"]
-    unit = "in percent, differences in points" if share else "lower is better"
+    unit = " in percent, differences in points" if share else ", lower is better"
     base = table["rows"][0]["label"]
     cost = "" if short else f"; training time in processor time over that of {base}"
     lines += [
         "",
-        f"{table['title'].capitalize()} {unit}; mean ± standard deviation over seeds, paired "
+        f"{table['title'].capitalize()}{unit}; mean ± standard deviation over seeds, paired "
         f"difference to {base} with its 95 % interval{cost}. {runs} of {summary['planned']} runs. "
         f"{' '.join(summary['power'])} "
         f"`python benchmarks/emoe/study.py {name}`",
@@ -101,10 +101,10 @@ def settings_tried(name: str, summary: dict[str, Any]) -> str:
         ]
         runs = len(tried["runs"])
         lines.append(f"| {tried['label']} | {tried['rate']:g} | {' | '.join(cells)} | {runs} |")
-    unit = "in percent" if main["share"] else "lower is better"
+    unit = " in percent" if main["share"] else " (lower is better)"
     lines += [
         "",
-        f"{main['title'].capitalize()} on validation rows {unit}; means over runs. "
+        f"{main['title'].capitalize()} on validation rows{unit}; means over runs. "
         f"{summary['finished']} of {summary['planned']} runs. "
         f"`python benchmarks/emoe/study.py {name}`",
         "",
