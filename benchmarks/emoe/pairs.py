@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from plans import PLANS
-from scipy.stats import t
 
 from moduli.study.records import read_records
+from moduli.study.statistics import paired_difference, summarise
 
 RESULTS = Path(__file__).parents[1] / "results" / "emoe"
 Scores = dict[tuple[str, int], float]
@@ -68,17 +68,18 @@ def line(
     each = np.array([[found[a, s] - base[a, s] for s in seeds] for a in sources])
     together = np.corrcoef(each)
     pairs = [together[i, j] for i, j in combinations(range(len(sources)), 2)]
-    means = each.mean(axis=0)
+    seen = paired_difference(found, base)
+    alone = summarise(each.mean(axis=0).tolist())
+    assert seen is not None  # both have the runs of the same plan
     return (
-        f"{label:30} {means.mean():+.2f}, by pairs {interval(each.ravel())}, "
-        f"by seeds {interval(means)}, correlation {np.mean(pairs):+.2f}"
+        f"{label:30} {seen.mean:+.2f}, by pairs {interval(seen.interval)}, "
+        f"by seeds {interval(alone.interval)}, correlation {np.mean(pairs):+.2f}"
     )
 
 
-def interval(values: np.ndarray) -> str:
-    """The 95 % interval of a mean."""
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean() - half:+.2f} to {values.mean() + half:+.2f}"
+def interval(found: tuple[float, float] | None) -> str:
+    """A 95 % interval."""
+    return "none" if found is None else f"{found[0]:+.2f} to {found[1]:+.2f}"
 
 
 if __name__ == "__main__":
