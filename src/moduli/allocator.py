@@ -16,6 +16,7 @@ import ctypes
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,12 @@ def tune_malloc() -> bool:
     return _tuned
 
 
+def give_back() -> None:
+    """Return what is free to the system; C libraries other than glibc cannot."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def release_growth() -> None:
     """Give freed memory back if, after `tune_malloc`, the process holds twice what it did.
 
@@ -65,7 +72,7 @@ def release_growth() -> None:
     if _held is None:
         _held = now
     elif now > 2 * _held and now - _held > _LEAST:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back()
         _held = None
 
 

