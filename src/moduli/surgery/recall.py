@@ -50,7 +50,8 @@ def recall_in_backward(output: Any, state: Recalled, then: dict[str, Any]) -> No
         return
     if isinstance(output, Tensor) and output.requires_grad:
         output.register_hook(lambda grad: state.recall(then))
-    parts = output.values() if isinstance(output, dict) else output  # a ModelOutput is a dict, too
-    if isinstance(output, (dict, tuple)):
-        for part in parts:
+    elif isinstance(output, dict):  # a ModelOutput is one, too
+        recall_in_backward(tuple(output.values()), state, then)
+    elif isinstance(output, tuple):
+        for part in output:
             recall_in_backward(part, state, then)
