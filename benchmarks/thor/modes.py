@@ -33,7 +33,7 @@ def measure(run: Path, task: Task) -> dict[str, Any]:
     """The record, as plain values."""
     import moduli
     from moduli.study.tuned import evaluate_task, load_any
-    from moduli.training.finetune import batches_of
+    from moduli.training.evaluate import batches_of
     from moduli.training.kinds.base import get_kind
 
     spec = read_record(run).spec

@@ -24,7 +24,7 @@ from moduli.study.handback import hand_back
 from moduli.study.plan import Plan
 from moduli.study.records import Failure, RunRecord, read_record, read_records
 from moduli.study.run import RunEvent, execute
-from moduli.training.finetune import predict
+from moduli.training.evaluate import predict
 from moduli.training.settings import FinetuneSettings
 from tests.study.conftest import make_plan
 

@@ -14,7 +14,8 @@ from torch import nn
 from moduli.errors import ConfigError, DataError, TrainingError
 from moduli.training.batches import ShuffledByLength
 from moduli.training.callbacks import Progress
-from moduli.training.finetune import evaluate, finetune, last_checkpoint, predict
+from moduli.training.evaluate import evaluate, predict
+from moduli.training.finetune import finetune, last_checkpoint
 from moduli.training.metrics import score
 from moduli.training.settings import FinetuneSettings
 

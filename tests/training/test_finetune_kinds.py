@@ -14,7 +14,8 @@ import transformers
 from moduli.data import load_task
 from moduli.data.kinds import KINDS
 from moduli.errors import ConfigError, DataError, ModelError, UnknownNameError
-from moduli.training.finetune import evaluate, finetune, outputs_of
+from moduli.training.evaluate import evaluate, outputs_of
+from moduli.training.finetune import finetune
 from moduli.training.kinds.base import get_kind
 from moduli.training.settings import FinetuneSettings
 from tests.training import tinykinds

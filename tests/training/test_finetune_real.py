@@ -12,7 +12,8 @@ import transformers
 
 import moduli
 from moduli.data import fetch, load_task
-from moduli.training.finetune import evaluate, finetune
+from moduli.training.evaluate import evaluate
+from moduli.training.finetune import finetune
 from moduli.training.kinds.base import get_kind
 from moduli.training.settings import FinetuneSettings
 

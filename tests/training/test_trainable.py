@@ -18,7 +18,8 @@ from moduli.errors import CheckpointError, ConfigError
 from moduli.surgery.locate import find_ffns
 from moduli.surgery.modular import routed_layers
 from moduli.training.callbacks import Progress
-from moduli.training.finetune import finetune, predict
+from moduli.training.evaluate import predict
+from moduli.training.finetune import finetune
 from moduli.training.settings import FinetuneSettings
 from moduli.training.trainable import finish, head_modules, prepare
 from tests import families, tiny

@@ -16,7 +16,8 @@ from torch.nn.functional import log_softmax
 
 from moduli.data.translation import language_of, tagged
 from moduli.errors import ConfigError, DataError, UnknownNameError
-from moduli.training.finetune import evaluate, finetune, outputs_of
+from moduli.training.evaluate import evaluate, outputs_of
+from moduli.training.finetune import finetune
 from moduli.training.kinds.base import Examples, get_kind
 from moduli.training.kinds.per_token import token_loss
 from moduli.training.pieces import tags_of, train_pieces

@@ -17,7 +17,7 @@ from moduli.study.plan import source_groups
 from moduli.study.pretraining import RECORD as PRETRAINING
 from moduli.study.tuned import evaluate_task, load_tuned, model_kind
 from moduli.surgery.files import check_target
-from moduli.training.finetune import batches_of
+from moduli.training.evaluate import batches_of
 from moduli.training.kinds.base import TaskKind, get_kind
 from moduli.training.settings import FinetuneSettings
 

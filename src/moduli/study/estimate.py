@@ -201,7 +201,8 @@ def _of_trial(left: Sequence[Planned], tasks: Sequence[Task]) -> float | None:
 def try_out(spec: RunSpec, task: Task) -> Pace:
     """The pace of a run, by doing its first steps and scoring a few rows."""
     import moduli
-    from moduli.training.finetune import finetune, outputs_of
+    from moduli.training.evaluate import outputs_of
+    from moduli.training.finetune import finetune
     from moduli.training.trainable import finish, prepare
 
     clock = time.perf_counter

@@ -24,7 +24,7 @@ from moduli.errors import CheckpointError, ConfigError
 from moduli.study.records import RunRecord, write_json
 from moduli.study.spec import Edit
 from moduli.training import plain
-from moduli.training.finetune import batches_of, in_order, outputs_of
+from moduli.training.evaluate import batches_of, in_order, outputs_of
 from moduli.training.kinds.base import Output, TaskKind, get_kind, same_outputs
 
 PROOF = "handback.json"

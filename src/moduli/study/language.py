@@ -47,7 +47,7 @@ def domain_scores(model: Any, tokenizer: Any, rows: Any, max_length: int) -> dic
         rows: with a column "text".
         max_length: tokens that it sees at once.
     """
-    from moduli.training.finetune import evaluate
+    from moduli.training.evaluate import evaluate
 
     found = evaluate(model, tokenizer, rows, kind=KIND, max_length=max_length).to_dict()
     count = sum(len(text.encode()) for text in rows["text"])
@@ -65,7 +65,7 @@ def expert_shares(
         tests: tables of rows with texts.
         max_length: tokens that it sees at once.
     """
-    from moduli.training.finetune import batches_of
+    from moduli.training.evaluate import batches_of
 
     if not hasattr(model.config, "output_router_logits"):
         return {}

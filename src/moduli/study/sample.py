@@ -73,7 +73,7 @@ def _experts(method: Method) -> int:
 
 def _parts(processor: Any, kind: TaskKind, rows: list[Any], max_length: int) -> list[list[Any]]:
     """Examples, batch by batch; of texts cut into many no more pieces than of short ones."""
-    from moduli.training.finetune import TOKENS
+    from moduli.training.evaluate import TOKENS
 
     found = []
     for start in range(0, len(rows), BATCH_ROWS):

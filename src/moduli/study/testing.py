@@ -115,7 +115,7 @@ def _said(
     what: str,
     tell: Callable[[str], None],
 ) -> Said:
-    from moduli.training.finetune import outputs_of
+    from moduli.training.evaluate import outputs_of
 
     found = {}
     for name, split in rows.items():

@@ -138,7 +138,7 @@ def evaluate_task(
         DataError: the data has a class that the model does not, or no domain has this split.
         ConfigError: there is no such split.
     """
-    from moduli.training.finetune import outputs_of
+    from moduli.training.evaluate import outputs_of
 
     if split not in ("train", "validation", "test", "all"):
         raise ConfigError(f"There is no split {split!r}; it is train, validation, test or all.")
@@ -260,7 +260,7 @@ def describe_rows(
     model: Any, processor: Any, kind: TaskKind, rows: list[dict[str, Any]], *, max_length: int
 ) -> list[dict[str, Any]]:
     """For each row what the model makes of it: label and probabilities, a number, tags, a text."""
-    from moduli.training.finetune import outputs_of
+    from moduli.training.evaluate import outputs_of
 
     examples, outputs = outputs_of(kind, model, processor, rows, max_length=max_length)
     return kind.describe(model, processor, rows, examples, outputs)

@@ -1,11 +1,8 @@
-"""Fine-tune and evaluate a model: the stock `transformers.Trainer`, set up once and well.
+"""Fine-tune a model: the stock `transformers.Trainer`, set up once and well.
 
 There is no training loop here. What this file adds: settings that fit small encoders, inputs made
-batch by batch, a checkpoint that is complete or not there, a stop on NaN, a soft Ctrl-C, and an
-evaluation whose result depends on the weights alone. What differs between kinds of tasks is in
-`moduli.training.kinds`.
-
-    B batch, S sequence, N examples, C classes
+batch by batch, a checkpoint that is complete or not there, a stop on NaN and a soft Ctrl-C. What
+differs between kinds of tasks is in `moduli.training.kinds`.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,23 +19,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moduli.allocator import release_growth
 from moduli.errors import ConfigError, DataError, TrainingError
 from moduli.surgery.convert import require_same_layout
 from moduli.training.auxiliary import adds_own_losses, loss_maker, with_stock_auxiliary
 from moduli.training.batches import ShuffledByLength
-from moduli.training.kinds.base import Examples, Output, TaskKind, get_kind
+from moduli.training.kinds.base import TaskKind, get_kind
 from moduli.training.kinds.per_token import token_loss
-from moduli.training.metrics import Scores
-from moduli.training.plain import BATCH_SIZE, outputs_of_batch
 from moduli.training.settings import FinetuneSettings
 from moduli.training.trainable import expect_updates
-
-TOKENS = 4096
-"""Tokens in a batch of an evaluation, padding included: the logits of a language model have a row
-as long as its vocabulary for each."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -159,116 +149,6 @@ def finetune(
         losses=tuple(float(entry["loss"]) for entry in history if "loss" in entry),
         resumed_from=resumed_from,
     )
-
-
-def outputs_of(
-    kind: TaskKind,
-    model: nn.Module,
-    processor: Any,
-    rows: Any,
-    *,
-    max_length: int = 64,
-    batch_size: int = BATCH_SIZE,
-) -> tuple[Examples, list[Output]]:
-    """The examples made of `rows`, and what the model says to each.
-
-    Examples are batched by length, so that little is padding; the batches (at most `batch_size`
-    examples and `TOKENS` tokens) depend on the rows alone, so that equal weights give equal bits.
-
-    Raises:
-        DataError: no rows.
-    """
-    examples, batches = batches_of(kind, model, processor, rows, max_length, batch_size)
-    found = []
-    for members, batch in batches:
-        found.append((members, outputs_of_batch(model, batch, kind.reduction)))
-        release_growth()
-    return examples, in_order(found)
-
-
-def batches_of(
-    kind: TaskKind,
-    model: nn.Module,
-    processor: Any,
-    rows: Any,
-    max_length: int = 64,
-    batch_size: int = BATCH_SIZE,
-) -> tuple[Examples, Iterator[tuple[list[int], dict[str, Tensor]]]]:
-    """The examples made of `rows`, and batches of them with the places of their members.
-
-    Raises:
-        DataError: no rows.
-    """
-    if len(rows) == 0:
-        raise DataError("There are no rows to predict; give at least one.")
-    examples = kind.prepare(processor, rows, max_length)
-    collate = kind.collator(model, processor, max_length)
-    order = sorted(range(len(examples.items)), key=lambda i: (examples.lengths[i], i))
-
-    def batches() -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        members: list[int] = []
-        for i in order:  # the next is the longest so far, so it sets the width of its batch
-            if len(members) == batch_size or (len(members) + 1) * examples.lengths[i] > TOKENS:
-                if members:
-                    yield members, collate([examples.items[m] for m in members])
-                members = []
-            members.append(i)
-        yield members, collate([examples.items[m] for m in members])
-
-    return examples, batches()
-
-
-def in_order(found: Sequence[tuple[list[int], list[Output]]]) -> list[Output]:
-    """Outputs of batches in the order of their examples."""
-    placed = {
-        i: output for members, outputs in found for i, output in zip(members, outputs, strict=True)
-    }
-    return [placed[i] for i in range(len(placed))]
-
-
-def predict(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Any,
-    *,
-    kind: str = "classification",
-    max_length: int = 64,
-    batch_size: int = BATCH_SIZE,
-) -> Tensor:
-    """Logits `[N, C]` (float32, on the CPU) of `rows`, in their order; see `outputs_of`.
-
-    Args:
-        model: with a head that says one thing about a whole row.
-        tokenizer: or another processor.
-        rows: labels are not needed.
-        kind: of the task.
-        max_length: longer texts are cut.
-        batch_size: rows per forward pass.
-
-    Raises:
-        DataError: no rows.
-    """
-    _, outputs = outputs_of(
-        get_kind(kind), model, tokenizer, rows, max_length=max_length, batch_size=batch_size
-    )
-    return torch.stack([output["logits"] for output in outputs])
-
-
-def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Any,
-    *,
-    kind: str = "classification",
-    max_length: int = 64,
-    batch_size: int = BATCH_SIZE,
-) -> Scores:
-    """Scores of the model on rows with the columns of the kind; see `outputs_of`."""
-    task = get_kind(kind)
-    examples, outputs = outputs_of(
-        task, model, tokenizer, rows, max_length=max_length, batch_size=batch_size
-    )
-    return task.score(outputs, examples, rows)
 
 
 def last_checkpoint(directory: Path) -> Path | None:

@@ -1,6 +1,6 @@
 """Outputs of a model, with nothing but torch and transformers.
 
-`moduli.training.finetune` evaluates with `outputs_of_batch`. Run as a script in a new process
+`moduli.training.evaluate` uses `outputs_of_batch`. Run as a script in a new process
 (`python -I plain.py JOB.json`) the file proves that a checkpoint needs nothing of ours: it makes
 `import moduli` impossible first, then loads the checkpoint with plain transformers and computes
 the same outputs of the same batches. It therefore imports nothing from moduli.

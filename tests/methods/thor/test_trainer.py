@@ -16,7 +16,8 @@ from moduli.losses.consistency import consistency_loss_by_autograd
 from moduli.methods.thor import last_step, start_step
 from moduli.methods.thor.passes import Passes, StepRecord, passes_of
 from moduli.methods.thor.plan import RoutingPlan
-from moduli.training.finetune import evaluate, finetune
+from moduli.training.evaluate import evaluate
+from moduli.training.finetune import finetune
 from moduli.training.settings import FinetuneSettings
 from tests import tiny
 from tests.methods.thor.models import assert_drawn_train, assert_same, build, gradients, parted
