@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,11 @@ import tests.typechecker  # noqa: F401 - the hook finds it by name
 install_import_hook("moduli", "tests.typechecker.check")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Whoever starts the tests in the background may have them ignore Ctrl-C, which child processes
+# would inherit: those that are to be interrupted too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
