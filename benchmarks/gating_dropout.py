@@ -1,8 +1,11 @@
 """What gating dropout saves: a model of the step's time up to 1,024 ranks, and a measurement here.
 
-    python benchmarks/gating_dropout.py             computes, measures, writes record and tables
-    python benchmarks/gating_dropout.py --tables    writes the tables of the page from the record
-    python benchmarks/gating_dropout.py --check     exits 1 if they are not up to date
+    python -m benchmarks.gating_dropout             computes, measures, writes record and tables
+    python -m benchmarks.gating_dropout --tables    writes the tables of the pages from the record
+    python -m benchmarks.gating_dropout --check     exits 1 if they are not up to date
+
+A place is `<!-- gating:NAME -->` ... `<!-- /gating -->`; NAME is scaling or measured, and with
+` short` behind it scaling has fewer ranks and columns.
 
 The model: every rank has as many tokens, whatever the number of ranks R (weak scaling). A mixture
 layer exchanges rows four times in a step, two forth and two back, by pairwise messages:
@@ -23,7 +26,6 @@ of real gloo ranks on this machine, whose messages go through memory; ratios onl
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -42,16 +44,18 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 import moduli
+from benchmarks.shared.tables import check_option, lines_of, write_places
 from moduli.parallel import GatingDropout, expert_parallel_plan, gating_dropout
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "gating_dropout" / "record.json"
-PAGE = ROOT / "docs" / "methods" / "gating-dropout.md"
-PLACE = re.compile(r"(<!-- gating:([\w-]+) -->\n).*?(<!-- /gating -->)", re.DOTALL)
-COMMAND = "`python benchmarks/gating_dropout.py`"
+PAGES = ("README.md", "docs/methods/gating-dropout.md")
+PLACE = re.compile(r"(<!-- gating:(\w+)( short)? -->\n).*?(<!-- /gating -->)", re.DOTALL)
+COMMAND = "`python -m benchmarks.gating_dropout`"
 ROUNDS = 16
 RATES = (0.1, 0.2, 0.3, 0.5)
 WORLDS = tuple(2**n for n in range(1, 11))
+SHORT_WORLDS = (8, 32, 128, 1024)
 
 
 @dataclass(frozen=True)
@@ -213,55 +217,65 @@ def measured(ranks: int, rounds: int) -> dict[str, Any]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def filled(text: str, record: dict[str, Any]) -> str:
+def filled(text: str) -> str:
     """The page with every place filled anew."""
-    tables = {"scaling": scaling_table, "measured": measured_table}
-    return PLACE.sub(lambda place: f"{place[1]}{tables[place[2]](record)}{place[3]}", text)
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+
+    def content(place: re.Match[str]) -> str:
+        made = (
+            measured_table(record)
+            if place[2] == "measured"
+            else scaling_table(record, short=bool(place[3]))
+        )
+        return f"{place[1]}{made}{place[4]}"
+
+    return PLACE.sub(content, text)
 
 
-def scaling_table(record: dict[str, Any]) -> str:
+def scaling_table(record: dict[str, Any], *, short: bool = False) -> str:
     """Relative times by number of ranks, and what they rest on."""
     found = record["scaling"]
-    head = ["ranks", "share of the exchange", *(f"p = {p}" for p in RATES)]
-    head += ["p = 0.3, simulated", "p = 0.3, experts skipped"]
-    lines = [f"| {' | '.join(head)} |", f"|--:|{'--:|' * (len(head) - 1)}"]
+    rows = [["ranks", "share of the exchange", *(f"p = {p}" for p in RATES)]]
+    if not short:
+        rows[0] += ["p = 0.3, simulated", "p = 0.3, experts skipped"]
     for row in found["rows"]:
+        if short and row["ranks"] not in SHORT_WORLDS:
+            continue
         cells = [str(row["ranks"]), f"{100 * row['share']:.0f} %"]
         cells += [f"{row['gate_drop'][str(p)]:.2f}" for p in RATES]
-        cells += [f"{row['simulated']:.2f}", f"{row['gate_expert_drop']['0.3']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        if not short:
+            cells += [f"{row['simulated']:.2f}", f"{row['gate_expert_drop']['0.3']:.2f}"]
+        rows.append(cells)
     said = ", ".join(f"{name} {value:g}" for name, value in found["assumptions"].items())
-    lines += ["", f"A model, not a measurement. Assumptions: {said}. {COMMAND}", ""]
-    return "\n".join(lines)
+    said = "on the page of the method" if short else said
+    note = f"A model, not a measurement. Assumptions: {said}. {COMMAND}"
+    return "\n".join([*lines_of(rows), "", note, ""])
 
 
 def measured_table(record: dict[str, Any]) -> str:
     """Relative times on real ranks of one machine."""
-    lines = ["| ranks | Gate-Drop step | Gate-Expert-Drop step |", "|--:|--:|--:|"]
+    rows = [["ranks", "Gate-Drop step", "Gate-Expert-Drop step"]]
     for row in record["measured"]:
-        cells = []
+        cells = [str(row["ranks"])]
         for name in ("gate_drop", "gate_expert_drop"):
             low, high = row[name]["quartiles"]
             cells.append(f"{row[name]['median']:.2f} ({low:.2f} to {high:.2f})")
-        lines.append(f"| {row['ranks']} | {' | '.join(cells)} |")
+        rows.append(cells)
     shape = ", ".join(f"{name} {value}" for name, value in record["shape"].items())
     rounds = record["measured"][0]["rounds"]
-    lines += [
-        "",
+    note = (
         f"Forward and backward pass of a step that drops, over one that does not; median and "
         f"quartiles of {rounds} turns, gloo ranks of one thread on {record['cores']} cores of one "
-        f"machine. {shape}. {COMMAND}",
-        "",
-    ]
-    return "\n".join(lines)
+        f"machine. {shape}. {COMMAND}"
+    )
+    return "\n".join([*lines_of(rows), "", note, ""])
 
 
 def main() -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = check_option(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--tables", action="store_true")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--tables", action="store_true", help="measure nothing")
     options = parser.parse_args()
     if not (options.tables or options.check):
         record = {
@@ -273,13 +287,8 @@ def main() -> int:
         }
         RECORD.parent.mkdir(parents=True, exist_ok=True)
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    old = PAGE.read_text(encoding="utf-8")
-    new = filled(old, json.loads(RECORD.read_text(encoding="utf-8")))
-    if options.check and new != old:
-        sys.stderr.write("not up to date; run python benchmarks/gating_dropout.py --tables\n")
-        return 1
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    command = "python -m benchmarks.gating_dropout --tables"
+    return write_places(PAGES, filled, check=options.check, command=command)
 
 
 if __name__ == "__main__":
