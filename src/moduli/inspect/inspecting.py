@@ -22,7 +22,7 @@ from moduli.inspect.measure import Measure
 from moduli.inspect.record import ActivationPattern, Inspection
 from moduli.inspect.traces import trace
 from moduli.inspect.watching import expert_layers, watch
-from moduli.surgery.partition.observe import evaluating
+from moduli.surgery.evaluating import evaluating
 from moduli.training.evaluate import batches_of
 from moduli.training.kinds.base import TaskKind, get_kind, kind_of_config
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moduli.inspect.measure import real_tokens
 from moduli.inspect.record import TokenTrace
 from moduli.inspect.watching import ExpertLayer, Seen, strongest_first, watch
-from moduli.surgery.partition.observe import evaluating
+from moduli.surgery.evaluating import evaluating
 
 
 @torch.no_grad()

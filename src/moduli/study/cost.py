@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from moduli.allocator import give_back
 from moduli.surgery.convert import base_model
+from moduli.surgery.evaluating import evaluating
 from moduli.surgery.fast import chosen_share
 from moduli.surgery.inputs import probe_batch
 from moduli.surgery.locate import survey
 from moduli.surgery.modular import dense, is_modular, routed_layers
 from moduli.surgery.owned import OwnedExperts
-from moduli.surgery.partition.observe import evaluating
 from moduli.surgery.projection import base_of, bias_of, shape_of
 from moduli.surgery.report import ConversionReport
 from moduli.surgery.routed import RoutedLayer

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moduli.routing import GroundTruthRouter
+from moduli.surgery.evaluating import evaluating
 from moduli.surgery.fast import chosen_share, path_of
 from moduli.surgery.modular import dense, require_modular
 from moduli.surgery.owned import OwnedExperts, merged_experts
@@ -44,13 +45,10 @@ def output_errors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float
     handles = [
         layer.experts_input.register_forward_pre_hook(keep(name)) for name, layer in layers.items()
     ]
-    training = model.training
     try:
-        model.eval()
-        with dense(model):
+        with evaluating(model), dense(model):
             model(**batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return {name: _error(layers[name], x) for name, x in inputs.items()}
@@ -59,14 +57,10 @@ def output_errors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float
 @torch.no_grad()
 def merge_gap(model: nn.Module, batch: Mapping[str, Any]) -> float:
     """|routed - merged| / |merged| of the model's first output tensor, in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         routed = _first_tensor(model(**batch))
         with dense(model):
             merged = _first_tensor(model(**batch))
-    finally:
-        model.train(training)
     scale = float(merged.norm())
     return float((routed - merged).norm()) / scale if scale > 0 else 0.0
 
@@ -77,15 +71,13 @@ def _first_tensor(output: Any) -> Tensor:
 
 
 def _error(layer: RoutedLayer, x: Float[Tensor, "*batch D"]) -> float:
-    was = layer.training
-    layer.eval()
-    try:
-        routed = ffn_output(layer, x)
-        layer.shared.dense = True
-        full = ffn_output(layer, x)
-    finally:
-        layer.shared.dense = False
-        layer.train(was)
+    with evaluating(layer):
+        try:
+            routed = ffn_output(layer, x)
+            layer.shared.dense = True
+            full = ffn_output(layer, x)
+        finally:
+            layer.shared.dense = False
     bias = output_bias(layer)
     signal = full if bias is None else full - bias
     real = layer.shared.real_tokens(x.shape[:-1], layer.ffn.name)

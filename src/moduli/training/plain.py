@@ -72,7 +72,7 @@ def outputs_of_batch(model: Any, batch: dict[str, Any], reduction: str) -> list[
     import torch
 
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
@@ -83,7 +83,8 @@ def outputs_of_batch(model: Any, batch: dict[str, Any], reduction: str) -> list[
                     n: _written(model, inputs, b) for n, b in (("greedy", 1), ("beam", BEAMS))
                 }
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     labels = batch.get("labels", [None] * len(logits))
     found = [REDUCTIONS[reduction](*pair) for pair in zip(logits, labels, strict=True)]
     for name, texts in written.items():

@@ -26,8 +26,9 @@ from moduli.errors import ConfigError, DataError, ModelError
 from moduli.models.moduleformer.grown import GrownRouter
 from moduli.models.moduleformer.inputs import real_tokens
 from moduli.models.moduleformer.sublayers import Kind, sublayers
-from moduli.models.moduleformer.usage import Batch, evaluating, router_outputs
+from moduli.models.moduleformer.usage import Batch, router_outputs
 from moduli.routing import RouteContext
+from moduli.surgery.evaluating import evaluating
 
 LEAK = 1e-3
 """Share of probability that leaves closed experts unnoticed, beside the rounding of bfloat16."""

@@ -11,7 +11,6 @@ Letters: T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from moduli.errors import ConfigError, DataError
 from moduli.models.moduleformer.inputs import real_tokens
 from moduli.models.moduleformer.sublayers import Kind, Sublayer, decoder_of, sublayers
+from moduli.surgery.evaluating import evaluating
 
 Batch = Mapping[str, Any]
 
@@ -132,17 +132,6 @@ def router_outputs(
             found = decoder(**inputs, output_router_logits=True, use_cache=False)
         length = found.last_hidden_state.shape[1]
         yield found, real_tokens(inputs.get("attention_mask"), length)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _sums(

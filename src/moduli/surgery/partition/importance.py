@@ -24,8 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moduli.errors import ConfigError, DataError
+from moduli.surgery.evaluating import evaluating
 from moduli.surgery.locate import FFN
-from moduli.surgery.partition.observe import evaluating, real_tokens, select_rows
+from moduli.surgery.partition.observe import real_tokens, select_rows
 from moduli.surgery.partition.sizes import balanced_sizes
 
 

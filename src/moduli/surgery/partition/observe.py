@@ -5,8 +5,7 @@ Letters: T real tokens of a batch, D width, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moduli.errors import ConfigError
+from moduli.surgery.evaluating import evaluating
 from moduli.surgery.locate import FFN
 
 See = Callable[[FFN, Tensor, Tensor], None]
@@ -82,18 +82,6 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards every module in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def real_tokens(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moduli.errors import DataError, ModelError
+from moduli.surgery.evaluating import evaluating
 from moduli.surgery.modular import dense, is_modular
 from moduli.training.batches import use_padding
 from moduli.training.kinds import per_class, per_token
@@ -73,15 +74,11 @@ def _collator(model: Any, tokenizer: Any, max_length: int) -> Callable[[Any], di
 
 def _require_causal(model: Any) -> None:
     """Raise if an output depends on a later token: a perfect score would mean nothing."""
-    training = model.training
-    model.eval()
-    try:
-        # Experts may be chosen by the whole text, which says nothing of the model itself.
-        with torch.no_grad(), dense(model) if is_modular(model) else nullcontext():
-            pairs = torch.tensor([[1, 1], [1, 2]], device=model.device)
-            one, other = (model(input_ids=pair[None]).logits[0, 0] for pair in pairs)
-    finally:
-        model.train(training)
+    # Experts may be chosen by the whole text, which says nothing of the model itself.
+    whole = dense(model) if is_modular(model) else nullcontext()
+    with torch.no_grad(), evaluating(model), whole:
+        pairs = torch.tensor([[1, 1], [1, 2]], device=model.device)
+        one, other = (model(input_ids=pair[None]).logits[0, 0] for pair in pairs)
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):
         raise ModelError(
             f"{type(model).__name__} sees the tokens to the right of the one it predicts; "
