@@ -184,7 +184,7 @@ def test_weight_of_one_expert() -> None:
     scores = torch.randn(9, 4, requires_grad=True)
     best = scores.softmax(-1).amax(-1, keepdim=True)
     torch.testing.assert_close(router().select(scores, RouteContext()).weights, best)
-    scaled = router(scale=4.0).select(scores, RouteContext()).weights
+    scaled = router(times_experts=True).select(scores, RouteContext()).weights
     torch.testing.assert_close(scaled, 4 * best)
     one = router(combine="straight_through").select(scores, RouteContext()).weights
     assert torch.equal(one, torch.ones(9, 1))

@@ -1,7 +1,7 @@
 """The routers of Switch Transformer and GShard: a linear gate, a capacity, one or two experts.
 
     h = W x in float32,  p = softmax(h)
-    top-1 (Switch)   y = scale p_e FFN_e(x),  e = argmax p: the weight is not renormalised
+    top-1 (Switch)   y = p_e FFN_e(x),  e = argmax p: the weight is not renormalised
     top-2 (GShard)   e1 = argmax p, e2 the best of the others; weights p_e1, p_e2 over their sum
 
 GShard's second expert is taken always ("all"), drawn by Gumbel noise on the logits ("sampling"), or
@@ -54,7 +54,7 @@ class SwitchRouter(LinearRouter):
         capacity: slots of an expert.
         second: how the choices after the first are made.
         renormalise: when the weights of several choices are made to sum to 1.
-        scale: of the weight where there is one choice.
+        times_experts: the weight of a single choice is its probability times E.
         jitter: eps.
         init: see `LinearRouter`.
 
@@ -71,7 +71,7 @@ class SwitchRouter(LinearRouter):
         capacity: Capacity | None = None,
         second: Second = "all",
         renormalise: Renormalise = "after",
-        scale: float = 1.0,
+        times_experts: bool = False,
         jitter: float = 0.0,
         init: Float[Tensor, "E D"] | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class SwitchRouter(LinearRouter):
         self.capacity = capacity or Capacity(factor=None)
         self.second = second
         self.renormalise = renormalise
-        self.scale = scale
+        self.times_experts = times_experts
         self.jitter = jitter
 
     def require_top_k(self, k: int) -> None:
@@ -96,7 +96,7 @@ class SwitchRouter(LinearRouter):
                 f"top_k is {k}; a router of Switch takes 1 expert per token or, as GShard, 2. "
                 "moduli.SparseUpcycling takes any number"
             )
-        if k == 2 and (self.rule.combine != "probability" or self.scale != 1):
+        if k == 2 and (self.rule.combine != "probability" or self.times_experts):
             raise ConfigError(
                 "top_k is 2, but this router gives a single expert another weight than its "
                 "probability (gate_scale), and two of them the shares of theirs; leave it at 1, or "
@@ -123,8 +123,8 @@ class SwitchRouter(LinearRouter):
         active = self.capacity.admits(scores, experts, wanted, context)
         if several and self.renormalise == "after":
             weights = _to_one(weights if active is None else weights * active)
-        if not several:
-            weights = self.scale * weights
+        if self.times_experts and not several:
+            weights = scores.shape[1] * weights
         return Routing(experts, weights, active, scores, scores)
 
     def _choices(self, scores: Float[Tensor, "T E"], context: RouteContext) -> Int[Tensor, "T K"]:

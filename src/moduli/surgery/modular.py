@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from moduli.errors import ModelError
@@ -31,10 +32,13 @@ class HostHook(ModelHook):
 class PassHook(HostHook):
     """Forward pre-hook of the whole model: a new pass begins, so re-tie kept gates."""
 
-    def __init__(self, shared: Pass) -> None:
+    def __init__(self, shared: Pass, labels: int | None) -> None:
         self.shared = shared
+        self.labels = labels  # their position among arguments
 
-    def __call__(self, model: nn.Module, args: object) -> None:
+    def __call__(
+        self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         if getattr(model, "_is_replica", False):
             raise ModelError(
                 "nn.DataParallel runs copies of a model in threads, which routed layers do not "
@@ -42,6 +46,9 @@ class PassHook(HostHook):
                 "DistributedDataParallel, or show the process one device"
             )
         self.shared.end_recall()
+        labels = _table(args, kwargs, "labels", self.labels)
+        known = labels is not None and not labels.is_floating_point()
+        self.shared.targets = real_inputs(labels) if labels is not None and known else None
         for layer in routed_layers(model).values():
             layer.auxiliary, layer.lost_auxiliary = None, False
             if isinstance(layer.router, AvgKRouter):
@@ -61,17 +68,26 @@ class RecallHook(HostHook):
 
 
 class MaskHook(ModelHook):
-    """Forward pre-hook of a stack (see `stacks`): notes which of its tokens are real."""
+    """Forward pre-hook of a stack (see `stacks`): notes which of its tokens are real.
 
-    def __init__(self, shared: Pass, stack: str, position: int | None) -> None:
+    A decoder beside an encoder mostly gets no mask, since no token looks ahead to the padding; the
+    labels tell.
+    """
+
+    def __init__(
+        self, shared: Pass, stack: str, position: int | None, labelled: bool = False
+    ) -> None:
         self.shared = shared
         self.stack = stack
         self.position = position  # of attention_mask among positional arguments
+        self.labelled = labelled  # it is such a decoder
 
     def __call__(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         mask = _table(args, kwargs, "attention_mask", self.position)
+        if mask is None and self.labelled:
+            mask = self.shared.targets
         self.shared.masks[self.stack] = None if mask is None else mask.bool()
 
 
@@ -103,15 +119,30 @@ def _table(
     return found.flatten(0, -2) if isinstance(found, Tensor) and fits else None
 
 
-def watch(model: nn.Module, shared: Pass) -> None:
+def real_inputs(labels: Int[Tensor, "B M"]) -> Bool[Tensor, "B M"]:
+    """Which inputs of a decoder are real, by the label that each is to predict.
+
+    The first one is, since it is what a decoder starts with, also where there is no target.
+    """
+    real = labels != -100
+    real[:, :1] = True
+    return real
+
+
+def watch(model: Any, shared: Pass) -> None:
     """Register the hooks that keep `shared` up to date."""
-    model.register_forward_pre_hook(PassHook(shared), prepend=True)
+    config = getattr(model, "config", None)
+    decoder = model.get_decoder() if getattr(config, "is_encoder_decoder", False) else None
+    names = list(inspect.signature(model.forward).parameters)
+    labels = names.index("labels") if "labels" in names else None
+    model.register_forward_pre_hook(PassHook(shared, labels), with_kwargs=True, prepend=True)
     model.register_forward_hook(RecallHook(shared))
     by_ids = any(layer.router.by_ids for layer in routed_layers(model).values())
     for name, stack in stacks(model).items():
         names = list(inspect.signature(stack.forward).parameters)
         position = names.index("attention_mask") if "attention_mask" in names else None
-        hooks: list[MaskHook | IdsHook] = [MaskHook(shared, name, position)]
+        labelled = stack is decoder
+        hooks: list[MaskHook | IdsHook] = [MaskHook(shared, name, position, labelled)]
         if by_ids and "input_ids" in names:
             hooks.append(IdsHook(shared, name, names.index("input_ids")))
         for hook in hooks:

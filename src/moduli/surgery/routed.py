@@ -42,6 +42,7 @@ class Pass(Recalled):
         dense: True while `moduli.dense` is active: every neuron takes part.
         record: called with (layer name, routing, real mask per token) for every routed layer.
         noise: standard normal samples by layer name, to reproduce a run.
+        targets: [B, M] mask of inputs of a decoder that have a label; None without labels.
         ids: [B, S] numbers of the tokens in the vocabulary, by the name of the stack like `masks`;
             kept only for routers that look tokens up.
     """
@@ -50,6 +51,7 @@ class Pass(Recalled):
     dense: bool = False
     record: Callable[[str, Routing, Tensor | None], None] | None = None
     noise: dict[str, Tensor] = field(default_factory=dict)
+    targets: Tensor | None = None
     ids: dict[str, Tensor | None] = field(default_factory=dict)
 
     def snapshot(self) -> dict[str, Any]:

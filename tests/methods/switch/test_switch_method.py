@@ -172,6 +172,27 @@ def test_padding_is_known_to_a_model_that_flattens_its_tokens() -> None:
         assert not routing.active[~real].any()
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_padded_targets_are_known_by_their_labels(family: str) -> None:
+    model, inputs = families.build(family), families.inputs(family)
+    moduli.convert(model, moduli.Switch(num_experts=3, layers="all", capacity_factor=0.7))
+    labels = inputs.pop("decoder_input_ids")
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    seen = watched(model)
+    model.train()(**inputs, labels=labels.masked_fill(padding, -100))
+    sides = {name: (routing, real) for name, routing, real in seen if "decoder" in name}
+    assert sides
+    for routing, real in sides.values():
+        assert real is not None
+        assert torch.equal(real, ~padding.flatten())
+        assert routing.active is not None
+        assert not routing.active[~real].any()
+    # A pass without labels does not see those of the pass before.
+    seen = watched(model)
+    model(**inputs, decoder_input_ids=labels)
+    assert all(real is None for name, _, real in seen if "decoder" in name)
+
+
 def test_the_losses_are_those_of_first_choices() -> None:
     settings = {"top_k": 2, "aux_weight": 0.02, "z_weight": 0.003, "num_experts": 4}
     term, seen = training_terms(switched(**settings), rows())

@@ -178,7 +178,7 @@ class Switch(OwnedMethod):
                 capacity=capacity,
                 second=self.second,
                 renormalise=self.renormalise,
-                scale=float(self.num_experts) if self.gate_scale == "prob_times_E" else 1.0,
+                times_experts=self.gate_scale == "prob_times_E",
                 jitter=self.jitter,
                 init=self.router_std * start,
             )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from moduli.errors import ModelError
+from moduli.surgery.evaluating import evaluating
+from moduli.surgery.modular import real_inputs
 from moduli.training.batches import token_lengths, use_padding
 from moduli.training.kinds import per_class, per_token
 from moduli.training.kinds.base import Examples, Output, TaskKind
@@ -52,7 +54,7 @@ def _collator(model: Any, tokenizer: Any, max_length: int) -> Callable[[Any], di
         )
 
     def collate(rows: Any) -> dict[str, Tensor]:
-        """Source ids and mask `[B, S]`, target labels and the decoder's inputs `[B, M]`."""
+        """Source ids and mask `[B, S]`, target labels, the decoder's inputs and mask `[B, M]`."""
         cut = {"truncation": True, "max_length": max_length}
         sources = [row["source"] for row in rows]
         batch: dict[str, Tensor] = dict(
@@ -63,7 +65,8 @@ def _collator(model: Any, tokenizer: Any, max_length: int) -> Callable[[Any], di
         ids = tokenizer(text_target=targets, **cut)["input_ids"]
         labels = per_token.padded(ids, -100)
         shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return {**batch, "decoder_input_ids": shifted, "labels": labels}
+        made = {"decoder_input_ids": shifted, "decoder_attention_mask": real_inputs(labels).long()}
+        return {**batch, **made, "labels": labels}
 
     return collate
 
@@ -84,10 +87,8 @@ def _describe(
 ) -> list[dict[str, Any]]:
     """What the model makes of each source, by greedy search."""
     positions = getattr(model.config, "max_position_embeddings", None) or processor.model_max_length
-    training = model.training
-    model.eval()
     found: list[dict[str, Any]] = []
-    try:
+    with evaluating(model):
         for start in range(0, len(rows), GENERATE_BATCH):
             sources = [rows[i]["source"] for i in range(start, len(rows))[:GENERATE_BATCH]]
             batch = processor(
@@ -103,8 +104,6 @@ def _describe(
                 )
             texts = processor.batch_decode(written, skip_special_tokens=True)
             found += [{"source": s, "target": t} for s, t in zip(sources, texts, strict=True)]
-    finally:
-        model.train(training)
     return found
 
 
