@@ -8,12 +8,14 @@ A place is `<!-- gating:NAME -->` ... `<!-- /gating -->`; NAME is scaling or mea
 ` short` behind it scaling has fewer ranks and columns.
 
 The model: every rank has as many tokens, whatever the number of ranks R (weak scaling). A mixture
-layer exchanges rows four times in a step, two forth and two back, by pairwise messages:
+layer exchanges rows four times in a step, two forth and two back, by pairwise messages, and before
+them how many there are:
 
-    t(R) = a_in (min(R, g) - 1) + a_out max(R - g, 0) + m h ((min(R, g) - 1) / b_in
-           + max(R - g, 0) / b_out) / R
-    step(p) = compute + (1 - p) 4 layers t(R)
-    step(p) = compute - p experts + (1 - p) 4 layers t(R)            where experts are skipped too
+    a(R) = a_in (min(R, g) - 1) + a_out max(R - g, 0)
+    t(R) = a(R) + m h ((min(R, g) - 1) / b_in + max(R - g, 0) / b_out) / R
+    exchange = layers (4 t(R) + a(R))
+    step(p) = compute + (1 - p) exchange
+    step(p) = compute - p experts + (1 - p) exchange                 where experts are skipped too
 
 with g ranks on a node, latency a and bandwidth b within a node and between nodes, m bytes of a rank
 and h how much more than that the busiest rank gets. The simulation draws who is sent how much
@@ -92,17 +94,26 @@ class Cluster:
         """Seconds of computing in a step."""
         return 6 * self.parameters * self.tokens / self.flops
 
-    def exchange(self, ranks: int, heaviest: float = 1.0) -> float:
+    def latency(self, ranks: int) -> float:
+        """a(R), in seconds."""
+        near, far = min(ranks, self.per_node) - 1, max(ranks - self.per_node, 0)
+        return self.latency_in * near + self.latency_out * far
+
+    def rows(self, ranks: int, heaviest: float = 1.0) -> float:
         """t(R), in seconds."""
         near, far = min(ranks, self.per_node) - 1, max(ranks - self.per_node, 0)
         sent = self.tokens * self.top_k * self.width * self.bytes_per_number * heaviest
         moved = near / self.bandwidth_in + far / self.bandwidth_out
-        return self.latency_in * near + self.latency_out * far + sent * moved / ranks
+        return self.latency(ranks) + sent * moved / ranks
+
+    def exchange(self, ranks: int, heaviest: float = 1.0) -> float:
+        """Seconds of all messages of a mixture layer in a step."""
+        return 4 * self.rows(ranks, heaviest) + self.latency(ranks)
 
     def step(self, ranks: int, p: float, skip: bool = False) -> float:
         """Mean seconds of a step."""
         saved = p * self.expert_share * self.compute if skip else 0.0
-        return self.compute - saved + (1 - p) * 4 * self.layers * self.exchange(ranks)
+        return self.compute - saved + (1 - p) * self.layers * self.exchange(ranks)
 
 
 def simulated(cluster: Cluster, ranks: int, p: float, steps: int = 400) -> float:
@@ -114,7 +125,7 @@ def simulated(cluster: Cluster, ranks: int, p: float, steps: int = 400) -> float
         if not config.decisions(step, 1)[0]:
             loads = generator.multinomial(rows * ranks, [1 / ranks] * ranks, size=cluster.layers)
             heaviest = loads.max(axis=1) / rows
-            total += 4 * sum(cluster.exchange(ranks, float(h)) for h in heaviest)
+            total += sum(cluster.exchange(ranks, float(h)) for h in heaviest)
     return total / steps
 
 

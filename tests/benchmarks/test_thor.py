@@ -111,6 +111,8 @@ def test_a_small_study_from_the_runs_to_the_tables(
     tabled = tables.comparison({"headline": tables.finished(plan, runs)}, runs)[0]
     assert [row[0] for row in tabled[1:]] == plan.labels
     assert [row[1] for row in tabled[1:]] == ["1", "2"]
+    other = dataclasses.replace(plan.settings, learning_rate=9e-3)
+    assert not tables.finished(dataclasses.replace(plan, settings=other), runs)
     for name in ("headline", "languages", "modes"):
         text = tables.markdown(name, tmp_path)
         assert "2 of 2 runs" in text

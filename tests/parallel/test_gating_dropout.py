@@ -427,13 +427,33 @@ def test_policies_that_need_scores_are_refused_without() -> None:
     torch.testing.assert_close(y, 2 * bare(x, torch.arange(4)[:, None]))
 
 
-def test_few_rows_leave_ranks_empty_and_packed_rows_are_refused() -> None:
+def test_a_weight_in_shares_of_all_experts_is_one_of_the_ranks_experts_meanwhile() -> None:
+    model = tiny.build("llama")
+    options = {"layers": "last:1", "gate_scale": "prob_times_E", "router_std": 1e-4}
+    moduli.convert(model, moduli.Switch(num_experts=4, jitter=0.0, capacity_factor=None, **options))
+    model.train()
+    x = torch.randn(4, 5, tiny.WIDTH)
+    usual = layer_of(model)(x)  # copies at even weights: the dense function
+    config = GatingDropout(p=1.0, local_policy="masked_gate")
+    torch.testing.assert_close(
+        dropped_output(model, config, x, ranks=2), usual, rtol=1e-2, atol=1e-4
+    )
+
+
+def test_few_rows_leave_ranks_empty_in_turn() -> None:
     model, x = upcycled(), torch.randn(1, 5, tiny.WIDTH)
-    y = dropped_output(model, ALWAYS, x, ranks=4)
-    y.sum().backward()
-    grad = layer_of(model).experts.down_proj.grad
-    assert grad[0].abs().max() > 0
-    assert grad[1:].abs().max() == 0
+    attached = gating_dropout(model, ALWAYS, ranks=4)
+    for step in range(5):
+        attached.set_step(step)
+        model.zero_grad()
+        layer_of(model)(x).sum().backward()
+        grad = layer_of(model).experts.down_proj.grad
+        trained = grad.abs().amax((1, 2)) > 0
+        assert trained.nonzero().flatten().tolist() == [step % 4]
+
+
+def test_packed_rows_are_refused() -> None:
+    model = upcycled()
     owner, bank = layer_of(model), layer_of(model).experts
     layer = GatedLayer("x.experts", bank, owner, None, ALWAYS, 4, 2, None)
     layer.rows = 2

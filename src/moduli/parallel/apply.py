@@ -64,7 +64,7 @@ class AttachedGatingDropout:
         for layer, dropped in zip(self.layers, decisions, strict=True):
             if dropped and isinstance(layer, StochasticLayer):
                 require_whole(layer)
-            layer.dropped = dropped
+            layer.step, layer.dropped = step, dropped
 
     @property
     def dropped(self) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ class GatedLayer:
 
     Attributes:
         dropped: whether the current step drops; None before `set_step`.
+        step: the current one.
         copied: whether this came with a copy of a model, whose steps nobody sets.
 
     Raises:
@@ -79,6 +80,7 @@ class GatedLayer:
         self.config, self.ranks, self.rank = config, ranks, rank
         self.num_experts, self.local = num_experts, num_experts // ranks
         self.dropped: bool | None = None
+        self.step = 0
         self.copied = False
         self.rows: int | None = None  # of the batch that is passing through; None if unknown
         self._understood = False  # a stock gate, which has to be seen first
@@ -159,7 +161,7 @@ class GatedLayer:
                 f"rows of {tokens} tokens: neither {type(self.owner).__name__} nor the module it "
                 "is in got an input of three dimensions; call the whole model, or use real ranks"
             )
-        return parts_of(tokens, self.rows, self.ranks)
+        return parts_of(tokens, self.rows, self.ranks, self.step)
 
     # --- routers ----------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Routing that stays on a rank, and the groups of tokens and experts that make a rank.
 
 Rank r has experts r L, ..., r L + L - 1. Where ranks are virtual, it has the r-th of R contiguous
-groups of the batch's rows, the first ones a row longer if R does not divide the rows.
+groups of the batch's rows. If R does not divide the rows some groups are a row longer, others at
+every step, so that a batch with few rows trains the experts of all ranks in turn.
 Letters: B rows, T tokens, E experts, R ranks, L = E / R experts of a rank, K experts per token.
 """
 
@@ -23,13 +24,14 @@ Part = tuple[int, slice]
 """A rank, and which tokens of a batch are its own."""
 
 
-def parts_of(tokens: int, rows: int, ranks: int) -> list[Part]:
+def parts_of(tokens: int, rows: int, ranks: int, step: int = 0) -> list[Part]:
     """The tokens of every virtual rank that has some.
 
     Args:
         tokens: T, row after row.
         rows: B.
         ranks: R.
+        step: of the optimiser; the first of the longer groups is that of rank `step` mod R.
 
     Raises:
         ModelError: rows are not of equal length, so that nobody knows where one ends.
@@ -43,7 +45,7 @@ def parts_of(tokens: int, rows: int, ranks: int) -> list[Part]:
         )
     length, parts, start = tokens // rows, [], 0
     for rank in range(ranks):
-        count = rows // ranks + (rank < rows % ranks)
+        count = rows // ranks + ((rank - step) % ranks < rows % ranks)
         if count:
             parts.append((rank, slice(start * length, (start + count) * length)))
         start += count

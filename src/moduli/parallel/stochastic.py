@@ -42,6 +42,7 @@ class StochasticLayer:
         name: of the last projection in the model.
         num_experts: E.
         dropped: whether the current step drops; None before `set_step`.
+        step: the current one.
         copied: whether this came with a copy of a model, whose steps nobody sets.
 
     Raises:
@@ -61,6 +62,7 @@ class StochasticLayer:
         require_divisible(self.name, self.num_experts, ranks)
         self.config, self.ranks, self.rank = config, ranks, rank
         self.dropped: bool | None = None
+        self.step = 0
         self.copied = False
 
     @property
@@ -109,7 +111,7 @@ class StochasticLayer:
         tokens, rows = lead.numel() // len(drawn), lead[0] // len(drawn)
         offsets = torch.tensor(drawn)[:, None] % local
         experts = torch.empty(len(drawn), tokens, dtype=torch.long)
-        for rank, own in parts_of(tokens, rows, self.ranks):
+        for rank, own in parts_of(tokens, rows, self.ranks, self.step):
             experts[:, own] = rank * local + offsets
         return experts.flatten()
 
