@@ -36,6 +36,8 @@ from benchmarks.thor.study import RESULTS
 from moduli.data.translation import HARD
 from moduli.study.plan import Arm, Plan
 from moduli.study.records import RunRecord, read_records
+from moduli.study.spec import MethodSpec, plain
+from moduli.training.settings import FinetuneSettings
 
 PAGES = ("README.md", "docs/methods/thor.md")
 PLACE = re.compile(r"(<!-- thor:(\w+)( short)? -->\n).*?(<!-- /thor -->)", re.DOTALL)
@@ -88,14 +90,21 @@ def markdown(name: str, root: Path, *, short: bool = False) -> str:
 def planned(plans: Any) -> int:
     """How many runs studies have together, of which they share some."""
     return len(
-        {(*_place(plan, arm), seed) for plan in plans for arm in plan.arms for seed in plan.seeds}
+        {(_place(plan, a), seed) for plan in plans for a in plan.arms for seed in plan.seeds}
     )
 
 
-def _place(plan: Plan, arm: Arm) -> tuple[str, str, int]:
-    """What tells an arm from others in all studies."""
-    method = json.dumps([arm.method.name, arm.method.config], sort_keys=True)
-    return plan.tasks[0].name, method, int(arm.overrides["max_steps"])
+def _place(plan: Plan, arm: Arm) -> str:
+    """What tells an arm from all others."""
+    (task,), (rate,) = plan.tasks, plan.rates(arm)
+    return _told(plan.model, task.name, task.data, arm.method, plan.settings_of(arm, rate))
+
+
+def _told(
+    model: str, task: str, data: Mapping[str, Any], method: MethodSpec, settings: FinetuneSettings
+) -> str:
+    told = [model, task, data, method.name, method.config, settings.to_dict()]
+    return json.dumps(plain(told), sort_keys=True)
 
 
 def finished(plan: Plan, runs: Path) -> Runs:
@@ -104,8 +113,8 @@ def finished(plan: Plan, runs: Path) -> Runs:
     labels = {_place(plan, arm): arm.label or "" for arm in plan.arms}
     for record in read_records(runs):
         spec = record.spec
-        method = json.dumps([spec.method.name, spec.method.config], sort_keys=True)
-        label = labels.get((spec.task, method, spec.settings.max_steps or 0))
+        told = _told(spec.model, spec.task, spec.data, spec.method, spec.settings)
+        label = labels.get(told)
         if label is not None and spec.seed in plan.seeds:
             found[label][spec.seed] = record
     return {label: seeds for label, seeds in found.items() if seeds}

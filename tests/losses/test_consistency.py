@@ -98,6 +98,20 @@ def test_disagreement_is_the_mean_over_pairs() -> None:
     torch.testing.assert_close(found, torch.stack(pairs).mean())
 
 
+def test_without_alpha_disagreement_has_no_part_in_the_loss() -> None:
+    truth = labels().clamp(max=V - 2)
+    logits = [one.detach().clone() for one in passes(2)]
+    for one in logits:
+        one[..., V - 1] = -torch.inf  # a class that is masked out
+        one.requires_grad_()
+    found = consistency_loss(logits, truth, 0.0)
+    alone = [consistency_loss([one], truth, 0.0) for one in logits]
+    assert torch.isfinite(found.total)
+    torch.testing.assert_close(found.total, alone[0].total + alone[1].total)
+    for i, gradient in enumerate(gradients(found, logits)):
+        assert torch.equal(gradient, gradients(alone[i], [logits[i]])[0])
+
+
 def test_positions_without_a_label_do_not_count() -> None:
     logits, truth = passes(), labels(ignored=1)
     found = consistency_loss(logits, truth, 2.0, ignore_index=1, reduction="token_mean")

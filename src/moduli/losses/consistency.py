@@ -161,7 +161,9 @@ def _reduced(
 ) -> ConsistencyLoss:
     if reduction == "token_mean":
         errors, disagreement = errors / max(count, 1), disagreement / max(count, 1)
-    total = errors.sum() + alpha * disagreement
+    total = errors.sum()
+    if alpha:  # 0 * inf would be NaN, and its gradient work for nothing
+        total = total + alpha * disagreement
     return ConsistencyLoss(total, errors.detach(), disagreement.detach(), count)
 
 
@@ -172,6 +174,7 @@ class _Pieces(torch.autograd.Function):
     def forward(
         ctx: Any, labels: Tensor, rows: Tensor, target: tuple[float, float], *logits: Tensor
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # None for what has no part in the loss
         on_target, on_all = target
         zero = torch.zeros((), dtype=_precision(logits[0]), device=logits[0].device)
         errors, disagreement = [zero] * len(logits), zero
@@ -191,10 +194,12 @@ class _Pieces(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_errors: Tensor, d_disagreement: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_errors: Tensor | None, d_disagreement: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         labels, rows, *logits = ctx.saved_tensors
         on_target, on_all = ctx.target
-        share = d_disagreement / (2 * _pairs(len(logits)))
+        share = None if d_disagreement is None else d_disagreement / (2 * _pairs(len(logits)))
         grads = [torch.zeros_like(one) for one in logits]
         for piece in _pieces(rows, logits[0].shape[-1]):
             logs, truth = _logs(logits, piece), labels[piece][:, None]
@@ -202,9 +207,9 @@ class _Pieces(torch.autograd.Function):
                 p = log.exp()
                 grad = p - on_all
                 grad.scatter_add_(1, truth, grad.new_full(truth.shape, -on_target))
-                grad.mul_(d_errors[i])
+                grad.mul_(0 if d_errors is None else d_errors[i])
                 for j, other in enumerate(logs):
-                    if i != j:
+                    if i != j and share is not None:
                         a = log - other
                         kl = (p * a).sum(-1, keepdim=True)
                         grad += share * (p * (a - kl) + p - other.exp())

@@ -201,14 +201,20 @@ class Plan:
                             train_domains=unit.sources,
                             fraction=unit.fraction,
                             method=one.method,
-                            settings=self._settings(one, rate),
+                            settings=self.settings_of(one, rate),
                             seed=seed,
                             edits=one.edits,
                         )
                         found.append(Planned(spec, number, unit))
         return found
 
-    def _settings(self, one: Arm, rate: float) -> FinetuneSettings:
+    def settings_of(self, one: Arm, rate: float) -> FinetuneSettings:
+        """How an arm trains at a learning rate, `bf16` resolved.
+
+        Raises:
+            ConfigError: the arm overrides the learning rate.
+            UnknownNameError: or what is no setting.
+        """
         known = [f.name for f in dataclasses.fields(FinetuneSettings)]
         if "learning_rate" in one.overrides:
             raise ConfigError(
@@ -243,7 +249,7 @@ class Plan:
             if twice := _twice(values):
                 raise ConfigError(f"The {what} {twice[0]} is given twice.")
         settings = [
-            (one.method, rate, self._settings(one, rate), one.edits)
+            (one.method, rate, self.settings_of(one, rate), one.edits)
             for one in self.arms
             for rate in self.rates(one)
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 import moduli
 from moduli.errors import ModelError
 from moduli.methods.thor.chooser import MODES, ThorChooser
+from moduli.methods.thor.outputs import mean_prediction
 from moduli.methods.thor.passes import passes_of
 from moduli.surgery.stochastic import StochasticProjection
 from tests import families, tiny
@@ -216,6 +217,32 @@ def test_texts_that_are_written_by_turns_keep_their_experts(family: str) -> None
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_beams_take_the_experts_of_the_text_that_they_are_given(family: str) -> None:
+    model = parted(build(family, inference="random_sentence", num_experts=8), by=1.0)
+    one, other = ({**families.inputs(family, seed)} for seed in (1, 2))
+    for batch in (one, other):
+        del batch["decoder_input_ids"]
+    encoder = model.get_encoder()
+
+    def write() -> list[list[int]]:
+        found: list[list[int]] = model.generate(
+            encoder_outputs=copy.copy(encoded),
+            attention_mask=one["attention_mask"],
+            num_beams=2,
+            max_new_tokens=4,
+            do_sample=False,
+        ).tolist()
+        return found  # fmt: skip
+
+    encoded = encoder(**one)
+    assert write() == model.generate(**one, num_beams=2, max_new_tokens=4, do_sample=False).tolist()
+    encoder(**other)
+    with pytest.raises(ModelError, match="has read none"):
+        write()
+
+
+@torch.no_grad()
 def test_a_copy_of_a_cache_has_its_sentences_and_another_cache_none() -> None:
     model, dense = parted(build("llama", inference="random_sentence"), by=1.0), tiny.build("llama")
     ids = families.inputs("llama")["input_ids"]
@@ -262,6 +289,24 @@ def test_a_part_of_a_model_has_no_ensemble_and_no_sentences() -> None:
 
 
 @torch.no_grad()
+def test_an_ensemble_of_maps_is_refused() -> None:
+    maps = torch.randn(2, 5, 3, 3)  # [B, V, height, width], as segmentation has them
+    with pytest.raises(ModelError, match="use ensemble_layer"):
+        mean_prediction(build("vit"), [maps, maps])
+
+
+@torch.no_grad()
+def test_another_mode_keeps_the_seed() -> None:
+    model, batch = build("bert", inference="random_token", inference_seed=7), labelled("bert")
+    model = parted(model)
+    expected = model(**batch).logits
+    moduli.set_inference(model, "average")
+    moduli.set_inference(model, "random_token")
+    assert torch.equal(model(**batch).logits, expected)
+    assert model.config.moduli["config"]["inference_seed"] == 7
+
+
+@torch.no_grad()
 def test_a_failed_forward_leaves_nothing_behind() -> None:
     model, batch = build("bart", inference="ensemble_prob"), families.inputs("bart")
     expected = model(**batch).logits
@@ -292,3 +337,7 @@ def test_the_report_measures_every_mode() -> None:
     assert "collapse gap" in str(report)
     assert report.to_dict()["collapse_gap"] == report.collapse_gap
     assert model.config.moduli["config"]["inference"] is None  # the mode stays what it was
+    model.train().model.embed_tokens.eval()
+    moduli.thor_report(model, batch)
+    assert model.training
+    assert not model.model.embed_tokens.training

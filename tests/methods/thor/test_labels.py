@@ -90,3 +90,12 @@ def test_equal_copies_have_the_loss_of_the_model_itself(name: str) -> None:
             found = torch.stack([model(**batch).loss.detach() for _ in range(2)])
             found = found / 2 if first == "training" else found
         torch.testing.assert_close(found, stock.expand(len(found)), rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_keep_their_precision_in_a_model_of_less() -> None:
+    config = tr.BertConfig(**{**families._ENCODER, "num_labels": 1})
+    model = tiny.initialise(lambda: tr.BertForSequenceClassification(config)).bfloat16()
+    batch = {"input_ids": IDS, "labels": torch.tensor([1001.0, 1003.0])}  # bfloat16: 1000, 1004
+    expected = model(**batch).loss
+    moduli.convert(model, moduli.THOR(num_experts=1, alpha=0.0, layers="all"))
+    torch.testing.assert_close(model.train()(**batch).loss, 2 * expected, rtol=1e-5, atol=0.0)

@@ -135,6 +135,17 @@ def test_a_trainer_evaluates_a_model_that_takes_no_more_arguments(tmp_path: Path
     assert found["eval_loss"] == pytest.approx(float(made.total), rel=1e-5)
 
 
+def test_a_trainer_goes_on_with_the_merged_model(tmp_path: Path) -> None:
+    model, rows = build("bert"), tiny.rows("bert", 4)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows)
+    before = trainer.model_accepts_loss_kwargs
+    trainer.train()
+    assert last_step(model) is not None
+    moduli.merge(model)
+    assert trainer.model_accepts_loss_kwargs == before
+    trainer.train()
+
+
 @pytest.mark.parametrize(
     "kind",
     ["classification", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHER_KINDS)],

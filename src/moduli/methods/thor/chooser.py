@@ -71,6 +71,7 @@ class ThorChooser(Chooser):
         plan: of the training forward that runs, or whose backward does; None between.
         ensemble: whether the batch of this pass stands in it N times, once for every expert.
         sentences: that the pass reads or goes on with, for random_sentence; None: not known.
+        encoded: what the last encoder has made of them, until a decoder goes on with it.
     """
 
     def __init__(self, num_experts: int, mode: str, seed: int) -> None:
@@ -89,6 +90,7 @@ class ThorChooser(Chooser):
         self.mode, self.seed = mode, seed
         self.generator = seeded(seed)
         self.sentences: list[bytes] | None = None
+        self.encoded: Tensor | None = None
         self._drawn: dict[int, Choice] = {}
 
     @property

@@ -23,6 +23,7 @@ from moduli.methods.thor.objective import Objective, has_shift, without_labels
 from moduli.methods.thor.outputs import logits_of
 from moduli.methods.thor.passes import Passes, passes_of
 from moduli.surgery.convert import base_model, recorded_layout, set_layout
+from moduli.surgery.evaluating import evaluating
 from moduli.surgery.inputs import Batches, as_list
 from moduli.surgery.projection import base_of, weight_of
 from moduli.surgery.stochastic import stochastic_projections
@@ -35,7 +36,7 @@ def set_inference(model: nn.Module, mode: str, *, seed: int | None = None) -> No
         model: a THOR model, or what PEFT or DDP has made of it.
         mode: "average", "fixed:0", "ensemble_layer", "ensemble_prob", "random_sentence",
             "random_token", "random_position" or "random_batch".
-        seed: of what random modes draw, which start anew; saved, too. None: that of the method.
+        seed: of what random modes draw, which start anew; saved, too. None: the one before.
 
     Raises:
         ConfigError: there is no such mode, or no such expert.
@@ -43,7 +44,8 @@ def set_inference(model: nn.Module, mode: str, *, seed: int | None = None) -> No
     """
     passes = passes_of(model)
     host, layout = recorded_layout(model)
-    passes.chooser.set_mode(mode, int(layout.config["seed"]) if seed is None else seed)
+    seed = passes.chooser.seed if seed is None else seed
+    passes.chooser.set_mode(mode, seed)
     config = {**layout.config, "inference": mode, "inference_seed": seed}
     set_layout(host, replace(layout, config=config))
 
@@ -129,7 +131,7 @@ def thor_report(model: nn.Module, batches: Batches) -> ThorReport:
     apart, count = 0.0, 0
     for batch in given:
         inputs, labels = without_labels(host, dict(batch)), batch["labels"]
-        with _evaluating(host, passes, "fixed:0"):
+        with _in_mode(host, passes, "fixed:0"):
             if has_shift(labels) and passes.predicts_next is None:
                 passes.learn_shift(host, host(**batch), labels)
         found = {mode: _logits(host, passes, mode, inputs) for mode in totals}
@@ -147,21 +149,20 @@ def thor_report(model: nn.Module, batches: Batches) -> ThorReport:
 
 
 def _logits(host: nn.Module, passes: Passes, mode: str, inputs: Mapping[str, Any]) -> Tensor:
-    with _evaluating(host, passes, mode):
+    with _in_mode(host, passes, mode):
         return logits_of(host, host(**inputs)).float()
 
 
 @contextmanager
-def _evaluating(host: nn.Module, passes: Passes, mode: str) -> Iterator[None]:
-    chooser, training = passes.chooser, host.training
+def _in_mode(host: nn.Module, passes: Passes, mode: str) -> Iterator[None]:
+    chooser = passes.chooser
     before = chooser.mode, chooser.seed
-    host.eval()
     chooser.set_mode(mode, chooser.seed)
     try:
-        yield
+        with evaluating(host):
+            yield
     finally:
         chooser.set_mode(*before)
-        host.train(training)
 
 
 def _similarity(model: nn.Module) -> dict[str, float]:

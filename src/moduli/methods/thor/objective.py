@@ -68,7 +68,8 @@ class Objective:
         classes = logits[0].shape[-1]
         if logits[0].dim() == 2 and (problem == "regression" or classes == 1):
             numbers = [one.reshape(labels.shape) for one in logits]
-            return consistent_regression(numbers, labels.to(numbers[0].dtype), self.alpha)
+            precise = torch.promote_types(numbers[0].dtype, torch.float32)
+            return consistent_regression(numbers, labels.to(precise), self.alpha)
         if labels.is_floating_point() or logits[0].shape[:-1] != labels.shape:
             raise ModelError(
                 f"{type(model).__name__} makes logits {tuple(logits[0].shape)} and was given "

@@ -42,11 +42,16 @@ def mean_prediction(model: Any, passes: Sequence[Tensor]) -> Tensor:
     """Logits of the mean of the probabilities of all passes; the mean of numbers.
 
     Raises:
-        ModelError: the model gives several labels to one input.
+        ModelError: the model gives several labels to one input, or a map of them.
     """
     problem = getattr(model.config, "problem_type", None)
     if problem == "multi_label_classification":
         raise ModelError("ensemble_prob takes one label for an input; use ensemble_layer")
+    if passes[0].dim() > 3:
+        raise ModelError(
+            f"ensemble_prob takes predictions [batch, classes] or [batch, positions, classes], and "
+            f"this {type(model).__name__} makes {tuple(passes[0].shape)}; use ensemble_layer"
+        )
     stacked = torch.stack([one.float() for one in passes])
     if stacked.shape[-1] == 1 or problem == "regression":
         return stacked.mean(0).to(passes[0].dtype)

@@ -191,6 +191,7 @@ class Passes:
         self.chooser.ensemble = self.inside and self.chooser.ensemble
         if output is not None and not encoder.training and self.chooser.sentences is not None:
             note(output[0], self.chooser.sentences)
+            self.chooser.encoded = output[0]
 
     def _read(self, model: Any, arguments: dict[str, Any]) -> None:
         """Find the sentences that a pass of evaluation goes on with, or begins to read."""
@@ -203,7 +204,10 @@ class Passes:
             self.chooser.sentences = sentences_in(model, arguments)
         elif encoded is not None and noted(encoded[0]) is not None:
             self.chooser.sentences = noted(encoded[0])
+        elif encoded is not None and not _repeats(encoded[0], self.chooser.encoded):
+            self.chooser.sentences = None  # of an encoder that has read something else since
         # Else its encoder reads them now; or has just done so, and beams repeat what it made.
+        self.chooser.encoded = None
 
     def _note(self, model: Any, output: Any) -> None:
         """Leave the sentences of this pass to those that go on with its cache."""
@@ -223,6 +227,13 @@ class Passes:
                 "with moduli.losses.consistency"
             )
         recall_in_backward(output, self.chooser, then)
+
+
+def _repeats(encoded: Tensor, last: Tensor | None) -> bool:
+    """Whether every row of it stands in `last`, once or, next to each other, several times."""
+    if last is None or not len(last) or len(encoded) % len(last):
+        return False
+    return torch.equal(encoded, last.repeat_interleave(len(encoded) // len(last), dim=0))
 
 
 class BeforeModel(LossHook):

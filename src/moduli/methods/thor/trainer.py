@@ -32,15 +32,20 @@ def follow_trainer() -> None:
     @functools.wraps(original)
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         hook = loss_maker(self.model)
-        if isinstance(hook, BeforeModel):
-            _prepare(self)
-        return original(self, *args, **kwargs)
+        if not isinstance(hook, BeforeModel):
+            return original(self, *args, **kwargs)
+        before = _prepare(self)
+        try:
+            return original(self, *args, **kwargs)
+        finally:  # the model may be merged before it trains again
+            _undo(self, before)
 
     setattr(train, _MARK, True)
     Trainer.train = train  # type: ignore[method-assign]
 
 
-def _prepare(trainer: Any) -> None:
+def _prepare(trainer: Any) -> bool:
+    """Make a Trainer fit, and return what it said before of who divides the loss."""
     if trainer.label_smoother is not None:
         raise ConfigError(
             f"label_smoothing_factor is {trainer.args.label_smoothing_factor}, but the Trainer's "
@@ -53,10 +58,17 @@ def _prepare(trainer: Any) -> None:
             "passes and the labels; leave it out"
         )
     # The model divides by the labels of the whole step, whatever its own forward would do.
+    before: bool = trainer.model_accepts_loss_kwargs
     trainer.model_accepts_loss_kwargs = True
+    # Before those that report what is logged.
+    trainer.callback_handler.callbacks.insert(0, _callback())
+    return before
+
+
+def _undo(trainer: Any, before: bool) -> None:
+    trainer.model_accepts_loss_kwargs = before
     callbacks = trainer.callback_handler.callbacks
     callbacks[:] = [c for c in callbacks if type(c).__name__ != "FollowSteps"]
-    callbacks.insert(0, _callback())  # before those that report what is logged
 
 
 def _callback() -> Any:
