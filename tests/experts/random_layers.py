@@ -24,7 +24,7 @@ LAYOUTS = ("linear", "conv1d", "owned", "sliced")
 ROUTINGS = ("random", "one expert", "ties", "repeated", "everyone")
 TOKENS = ("contiguous", "transposed", "sliced", "expanded")
 # Of the norm: what rounding may change.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 6e-2}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """What a ModuleFormer returns: the outputs of transformers' MoE models, with what routers chose.
 
+They may be made of one mapping instead of fields, as autocast and processes do: hence no check of
+types.
+
 Letters: B batch, T tokens of a pass, S tokens with those of the cache, H heads, E experts, K
 experts per token.
 """
@@ -7,11 +10,13 @@ experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 
+@no_type_check
 @dataclass
 class ModuleFormerOutput(MoeModelOutputWithPast):
     """Output of the decoder.
@@ -30,6 +35,7 @@ class ModuleFormerOutput(MoeModelOutputWithPast):
     router_load: tuple[Tensor, ...] | None = None
 
 
+@no_type_check
 @dataclass
 class ModuleFormerCausalLMOutput(MoeCausalLMOutputWithPast):
     """Output of the language model; see `ModuleFormerOutput`.

@@ -68,14 +68,16 @@ def stick_breaking_attention(
     check(query, key, value, key_mask, segments, early_exit)
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     name = _chosen(query, key, value, backend)
-    sight = Sight(query.shape[2], key.shape[2], attend_current, key_mask, segments)
-    if name == "reference":
-        out, rest = reference.attention(query, key, value, sight, scale)
-    elif name == "blocked" and single.takes(query, key, value):
-        out, rest = single.forward(query, key, value, sight, scale, early_exit or 0.0)
+    exit_at = early_exit or 0.0
+    if name == "reference" or (name == "blocked" and single.takes(query, key, value)):
+        sight = Sight(query.shape[2], key.shape[2], attend_current, key_mask, segments)
+        if name == "reference":
+            out, rest = reference.attention(query, key, value, sight, scale)
+        else:
+            out, rest = single.forward(query, key, value, sight, scale, exit_at)
     else:
         out, rest = ops.run(
-            query, key, value, key_mask, segments, scale, attend_current, early_exit or 0.0, name
+            query, key, value, key_mask, segments, scale, attend_current, exit_at, name
         )
     out = out.to(query.dtype)
     return (out, rest.to(query.dtype)) if return_remainder else out
