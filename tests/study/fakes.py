@@ -96,7 +96,7 @@ def _spec(plan: Plan, number: int, unit: Unit, rate: float, seed: int) -> RunSpe
         train_domains=unit.sources,
         fraction=unit.fraction,
         method=one.method,
-        settings=plan._settings(one, rate),
+        settings=plan.settings_of(one, rate),
         seed=seed,
         edits=one.edits,
     )
