@@ -153,6 +153,9 @@ def test_one_domain_to_train_on_and_a_dense_model(
         (2, ["--config", "vocab_size=500"], "--vocab-size"),
         (2, ["--architecture", "dense", "--config", "gate_type=gmm"], "has no use for"),
         (2, ["--vocab-size", "100"], "258"),
+        (2, ["--architecture", "dense", "--config", "n_embd=0"], "n_embd is 0"),
+        (2, ["--architecture", "dense", "--config", "n_embd=abc"], "n_embd is 'abc'"),
+        (2, ["--checkpoint-every", "0"], "checkpoint_every is 0"),
         (2, ["--train-domain", "sea"], "farm, town"),
     ],
 )
@@ -170,3 +173,5 @@ def test_a_directory_that_is_not_ours_is_left_alone(
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "pretraining.json" in fails(4, "pretrain", "--out", str(tmp_path), *texts)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "pretraining.json").write_text("{}")
+    assert "not a model that was" in fails(4, "pretrain", "--out", str(tmp_path), *texts)

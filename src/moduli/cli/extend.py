@@ -48,9 +48,9 @@ class Extend(Data):
     feed_forward: int = 0
     """New feed-forward experts of every layer."""
     start: Literal["fresh", "copy", "closed"] = "fresh"
-    """fresh: drawn like those of a new model; copy: copies of the least probable experts (with
-    --data, else of the first ones); closed: fresh, with rows by which routers hardly ever choose
-    them (not for "gmm" gates; needs --data of the old domain to hold there)."""
+    """fresh: drawn like those of a new model; copy: copies of the experts that are least probable
+    on --replay-domain (without it, of the first ones); closed: fresh, with rows by which routers
+    hardly ever choose them (not for "gmm" gates; needs --replay-domain to hold there)."""
     noise: float = 0.0
     """With --start copy: what is added to copies, in units of their standard deviation."""
     train_domain: str | None = None

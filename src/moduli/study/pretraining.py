@@ -34,6 +34,7 @@ from moduli.training.architectures import (
     fresh_model,
 )
 from moduli.training.settings import FinetuneSettings
+from moduli.training.tokenizer import require_room
 from moduli.version import __version__
 
 RECORD = "pretraining.json"
@@ -90,7 +91,7 @@ def plan(
     """The spec of a run on a loaded task; `train_domains` may be empty for all of them.
 
     Raises:
-        ConfigError: not a task of texts, or an unknown domain.
+        ConfigError: not a task of texts, an unknown domain, or too few tokens.
         DataError: a domain to train on has no rows for that.
     """
     if task.kind != KIND:
@@ -98,6 +99,7 @@ def plan(
             f"{task.name!r} is a task of {task.kind}; pretraining needs one of {KIND}: "
             "brown, or a file of texts with --kind language-modeling."
         )
+    require_room(vocab_size)
     domains = train_domains or tuple(task.domains)
     for name in domains:
         if name not in task.domains:
@@ -162,12 +164,12 @@ def finished(spec: PretrainSpec, target: Path) -> dict[str, Any] | None:
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
-    if not (target / RECORD).is_file():
+    found = _read(target / RECORD)
+    if "spec" not in found:
         raise CheckpointError(
             f"{target} exists and is not a model that was pretrained here (it has no {RECORD}). "
             "Choose another directory, or move it away."
         )
-    found: dict[str, Any] = json.loads((target / RECORD).read_text(encoding="utf-8"))
     if found["spec"] != spec.to_dict():
         other = sorted(k for k, v in spec.to_dict().items() if found["spec"].get(k) != v)
         raise CheckpointError(
@@ -261,7 +263,13 @@ def _tokenizer(spec: PretrainSpec, rows: Any, directory: Path) -> Any:
 
 
 def _same(path: Path, spec: PretrainSpec) -> bool:
+    return _read(path) == spec.to_dict()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file of JSON says; nothing if it is missing or damaged."""
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")) == spec.to_dict())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -72,12 +72,13 @@ def fresh_config(
         ConfigError: its value cannot work, the tokenizer decides it, or a dense model has no use
             for it.
     """
-    from transformers import AutoConfig
 
     modules = {**SIZES[size], **SHARED}
     if architecture == "dense":
         ours = {name: changes[name] for name in changes if name in modules}
-        values = _as_costly(modules | ours)
+        modules = modules | ours
+        _made("moduleformer", modules)  # or what it costs would be nonsense
+        values = _as_costly(modules)
         changes = {name: value for name, value in changes.items() if name not in ours}
     else:
         values = modules
@@ -101,8 +102,19 @@ def fresh_config(
             )
         if isinstance(known[name], (int, float)) and not isinstance(value, (int, float)):
             raise ConfigError(f"{name} is {value!r}; it is a number, such as {known[name]}.")
+    return _made(model_type, {**values, **changes, **tokens})
+
+
+def _made(model_type: str, values: Mapping[str, Any]) -> Any:
+    """A configuration.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    from transformers import AutoConfig
+
     try:
-        return AutoConfig.for_model(model_type, **{**values, **changes, **tokens})
+        return AutoConfig.for_model(model_type, **values)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:

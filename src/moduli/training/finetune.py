@@ -87,7 +87,8 @@ def finetune(
         callbacks: more callbacks for the Trainer.
 
     Raises:
-        ConfigError: there is no such kind, or labels of it cannot be smoothed.
+        ConfigError: there is no such kind, labels of it cannot be smoothed, or less than a step
+            between checkpoints.
         DataError: no rows, or rows without a column that the kind needs.
         CheckpointError: the checkpoint in `out` has its neurons in another order than the model.
         TrainingError: the loss or the gradient became infinite or NaN. The model keeps the weights
@@ -97,6 +98,11 @@ def finetune(
     from moduli.training.callbacks import soft_interrupt
 
     kind = get_kind(task_kind)
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ConfigError(
+            f"checkpoint_every is {checkpoint_every}; it is a number of steps, 1 or more, or None "
+            "for one checkpoint per epoch."
+        )
     if len(train) == 0:
         raise DataError("The training data has no rows; give at least one.")
     if missing := set(kind.columns) - set(train[0]):

@@ -15,6 +15,19 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 SMALLEST = 256 + 2  # every byte, and the two above
 
 
+def require_room(vocab_size: int) -> None:
+    """Raise if not even the single bytes have room.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    if vocab_size < SMALLEST:
+        raise ConfigError(
+            f"vocab_size is {vocab_size}; bytes and special tokens alone are {SMALLEST}, give that "
+            "or more."
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A fast tokenizer of transformers; `save_pretrained` writes an ordinary one.
 
@@ -28,11 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < SMALLEST:
-        raise ConfigError(
-            f"vocab_size is {vocab_size}; bytes and special tokens alone are {SMALLEST}, give that "
-            "or more."
-        )
+    require_room(vocab_size)
     tokenizer: Any = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -65,6 +65,33 @@ def test_fields_of_another_type_or_out_of_bounds(changes: dict[str, Any], messag
         small.config(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate_type": "linaer"}, "Did you mean 'linear'"),
+        ({"sample_topk": 9}, "sample_topk is 9"),
+        ({"k_att": 5}, "k_att is 5"),
+        ({"num_attention_heads": 3}, "att_hidden is 16, which 3 heads"),
+    ],
+)
+def test_fields_are_checked_however_they_are_changed(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    small.build().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **changes)
+    config = small.config()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ConfigError, match=message):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_fields_by_the_names_of_transformers_are_known_before_they_are_checked() -> None:
+    names = {"n_layer": 24, "num_hidden_layers": 3, "att_experts_per_layer": [4, 3, 4]}
+    assert small.config(**names).n_layer == 3
+
+
 def test_left_over_fields_of_published_files_are_kept() -> None:
     left = {"att_func": "stickbreaking", "local_size": 1, "universal": False, "world_size": None}
     made = small.config(**left, aux_loss_weight=0, embd_pdrop=0)

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import moduli
+from moduli.models.moduleformer import attention
+from moduli.models.stick_breaking import stick_breaking_attention
 from tests.models.moduleformer import small
 
 KINDS: dict[str, dict[str, Any]] = {"projections": {}, "published": small.PUBLISHED_KIND}
@@ -46,6 +48,24 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
         torch.testing.assert_close(
             found[name].float(), tensor.float(), rtol=tolerance, atol=tolerance, msg=name
         )
+
+
+def test_attention_gets_one_type_under_autocast(
+    kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels take one, and a cache of another would be twice as large."""
+    seen: set[torch.dtype] = set()
+
+    def spy(*tensors: Tensor, **options: Any) -> Any:
+        seen.update(tensor.dtype for tensor in tensors)
+        return stick_breaking_attention(*tensors, **options)
+
+    monkeypatch.setattr(attention, "stick_breaking_attention", spy)
+    model = small.build(**kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(small.tokens(), use_cache=True)
+    assert seen == {torch.bfloat16}
+    assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import moduli
 from moduli.errors import ConfigError, ModelError, UnknownNameError
@@ -309,7 +309,13 @@ def test_the_penalty_keeps_the_old_domain_where_it_was(tmp_path: Path) -> None:
         Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks)).train()
         return float(torch.stack([one.mean() for one in leaks(model, replayed)]).mean())
 
-    without = leak()
+    class Seen(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+            modes.append(known["model"].training)
+
+    without, modes = leak(), list[bool]()
+    leak(KeepOld(replayed, leakage_weight=1.0), Seen())
+    assert all(modes)  # the first step, which Trainer begins in evaluation, too
     assert leak(KeepOld(replayed, leakage_weight=5.0)) < 0.7 * without
     assert leak(KeepOld(row_weight=0.0)) == without
     with pytest.raises(ConfigError, match="leakage is measured on tokens of the old domain"):
@@ -347,6 +353,17 @@ def test_what_cannot_be_added_is_said_and_nothing_is_changed(
 def test_gates_of_cosines_cannot_start_closed() -> None:
     with pytest.raises(ConfigError, match=r"start='copy'.*leakage"):
         extend(small.build(gate_type="gmm"), attention=1, start="closed")
+
+
+def test_a_refused_extension_leaves_a_growing_model_as_it_grows() -> None:
+    model = small.build()
+    extend(model, attention=1)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ConfigError, match="too little in common"):
+        extend(model, attention=1, start="closed", leak=1e-30)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == trained
+    assert max(extend(model, attention=1, start="closed", leak=0.1).leak) <= 0.1
+    assert model.config.n_att_experts == 6
 
 
 def test_hidden_vectors_with_nothing_in_common_cannot_be_closed() -> None:

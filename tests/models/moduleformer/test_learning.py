@@ -113,6 +113,7 @@ def test_the_loss_has_every_auxiliary_loss_once_by_its_weight(kind: str) -> None
         for s, e in zip(told.router_logits, told.router_experts, strict=True)
     )
     near(out.aux_loss, told.aux_loss)
+    near(out.concentration_loss, gathered)
     near(out.loss, plain.loss + 0.25 * told.aux_loss + 0.5 * gathered)
     assert model(ids).aux_loss is None  # no labels, nothing asked
     if kind == "switch":
@@ -148,7 +149,14 @@ def test_a_classifier_has_the_concentration_loss_and_no_balance_loss() -> None:
     model.config.aux_loss_weight = 1.0
     near(model(ids, attention_mask=mask, labels=labels).loss, plain.loss)
     model.config.concentration_weight = 1.0
-    assert model(ids, attention_mask=mask, labels=labels).loss > plain.loss + 0.1
+    out = model(ids, attention_mask=mask, labels=labels)
+    near(out.loss, plain.loss + out.concentration_loss)
+    assert out.concentration_loss > 0.1
+    assert out.router_logits is None
+    told = model(ids, attention_mask=mask, output_router_logits=True)
+    near(told.concentration_loss, out.concentration_loss)
+    assert [len(logits) for logits in told.router_logits] == [24] * 4
+    assert all(int(load.sum()) == 48 for load in told.router_load)
 
 
 def test_frozen_routers_stay_as_they_are_and_the_rest_learns() -> None:

@@ -170,7 +170,7 @@ def test_a_threshold_keeps_what_is_used_and_never_fewer_than_k() -> None:
     assert report.routers[1].kept == (0, 1, 2, 3)
     for router, seen in zip(report.routers, use.routers, strict=True):
         assert router.kept == tuple(e for e, f in enumerate(seen.frequency) if f >= 0.09)
-    report = prune(model, use, threshold=5.0)
+    report = prune(model, use, threshold=1.0)
     assert all(len(router.kept) == 2 for router in report.routers)
     assert report.uniform  # all layers have the same number after all
 
@@ -215,6 +215,8 @@ def test_a_classifier_is_pruned_too() -> None:
         (ConfigError, {"keep": -0.5}, "a share above 0"),
         (ConfigError, {}, "exactly one of keep and threshold"),
         (ConfigError, {"keep": 0.5, "threshold": 0.1}, "exactly one"),
+        (ConfigError, {"threshold": 5.0}, "threshold is 5; it is a share of the tokens"),
+        (ConfigError, {"threshold": float("nan")}, "threshold is nan"),
         (UnknownNameError, {"keep": 0.5, "by": "frequencies"}, "'frequency'"),
     ],
 )

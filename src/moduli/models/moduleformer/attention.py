@@ -110,7 +110,7 @@ class ModuleFormerAttention(nn.Module):
         )
         # The experts of a token are queries of one head's group: they share its keys and values.
         q = q.permute(0, 3, 2, 1, 4).flatten(1, 2)
-        k, v = self._keys_and_values(x, past)
+        k, v = self._keys_and_values(x, past, q.dtype)
         weights = None
         if want_weights:  # of which the output is made, so that they have gradients
             weights = stick_breaking_weights(q, k, key_mask=tokens.keys, segments=tokens.segments)
@@ -125,10 +125,10 @@ class ModuleFormerAttention(nn.Module):
         return y.view(batch, length, width), weights, routing
 
     def _keys_and_values(
-        self, x: Tensor, past: Cache | None
+        self, x: Tensor, past: Cache | None, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]:
         if self.k_proj is None or self.v_proj is None:
-            k = x.unsqueeze(1)
+            k = x.unsqueeze(1).to(dtype)  # under autocast norms leave float32, projections do not
             if past is not None:  # one tensor is both, and is kept once
                 k = _behind(past.update(k.detach(), k.detach()[..., :0], self.layer)[0], k)
             return k, k

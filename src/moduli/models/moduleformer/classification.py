@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from moduli.models.moduleformer.auxiliary import router_losses
 from moduli.models.moduleformer.configuration import ModuleFormerConfig
 from moduli.models.moduleformer.inputs import last_tokens
 from moduli.models.moduleformer.modeling import ModuleFormerModel, ModuleFormerPreTrainedModel
-from moduli.models.moduleformer.outputs import ModuleFormerOutput
+from moduli.models.moduleformer.outputs import ModuleFormerClassifierOutput, ModuleFormerOutput
 
 
 class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
@@ -40,8 +39,9 @@ class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> ModuleFormerClassifierOutput:
         """One pass; see `ModuleFormerModel.forward`.
 
         Args:
@@ -51,30 +51,36 @@ class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
         Raises:
             ConfigError: several texts, and nothing says where each ends.
         """
+        told = output_router_logits
+        told = self.config.output_router_logits if told is None else told
         weighted = labels is not None and bool(self.config.concentration_weight)
-        if weighted:
-            kwargs["output_router_logits"] = True
         found: ModuleFormerOutput = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            output_router_logits=told or weighted,
             **kwargs,
         )
         each = self.score(found.last_hidden_state)
         where = last_tokens(each, input_ids, attention_mask, self.config.pad_token_id)
         logits = each[torch.arange(len(each), device=each.device), where]
-        loss = None
+        loss = gathered = None
+        if told or weighted:
+            _, gathered = router_losses(self.config, found, attention_mask)
         if labels is not None:
             loss = self.loss_function(
                 logits=each, labels=labels, pooled_logits=logits, config=self.config
             )
-            if weighted:
-                _, gathered = router_losses(self.config, found, attention_mask)
+            if weighted and gathered is not None:
                 loss = loss + (self.config.concentration_weight * gathered).to(loss.device)
-        return SequenceClassifierOutputWithPast(
+        return ModuleFormerClassifierOutput(
             loss=loss,
             logits=logits,
             past_key_values=found.past_key_values,
             hidden_states=found.hidden_states,
             attentions=found.attentions,
+            concentration_loss=gathered,
+            router_logits=found.router_logits if told else None,
+            router_experts=found.router_experts if told else None,
+            router_load=found.router_load if told else None,
         )

@@ -57,7 +57,10 @@ class ModuleFormerConfig(PreTrainedConfig):
 
     __no_type_check__: ClassVar[bool] = True  # `strict` checks, and takes fields it does not know
     model_type = "moduleformer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("past_key_values", "aux_loss", "concentration_loss"),
+        *("router_logits", "router_experts", "router_load"),
+    ]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "n_embd",
         "num_attention_heads": "n_head",
@@ -107,9 +110,9 @@ class ModuleFormerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.check()
         register_moduleformer()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # fields may have been given by transformers' names
+        self.check()
 
     @property
     def head_size(self) -> int:

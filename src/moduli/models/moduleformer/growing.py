@@ -143,10 +143,11 @@ def extend(
     _check(config.gate_type, added, start, use, noise, leak)
     if use is not None:
         use.require_of(sublayers(model))
+    # Before anything changes: there may be none.
+    closing = closing_rows(model, added, leak, batches, generator) if start == "closed" else {}
     settle(model)
     parts = sublayers(model)
     require_plain(parts)
-    closing = closing_rows(model, added, leak, batches, generator) if start == "closed" else {}
     for i, part in enumerate(parts):
         if count := added[part.kind]:
             sources = None

@@ -121,7 +121,8 @@ def closing_rows(
     """Rows by which new experts hardly matter, by the place of the router in `sublayers`.
 
     Args:
-        model: a ModuleFormer with "mlp" or "linear" gates, before it grows.
+        model: a ModuleFormer with "mlp" or "linear" gates; of one that is growing already, new
+            experts are old ones here.
         added: number of new experts by kind.
         leak: mean share of probability that they may take.
         batches: keyword arguments of its forward; None: random vectors in front of each router.
@@ -135,10 +136,12 @@ def closing_rows(
 
     def see(i: int, x: Tensor) -> None:
         if sum(len(h) for h, _ in found.setdefault(i, [])) < FITTED:
-            *layers, last = parts[i].owner.gate.w_gate
-            for layer in layers:
+            gate = parts[i].owner.gate
+            scores = gate.forward(x, RouteContext()).scores
+            assert scores is not None
+            for layer in getattr(gate, "old", gate).w_gate[:-1]:
                 x = layer(x)
-            found[i].append((x.float().cpu(), last(x).float().logsumexp(-1).cpu()))
+            found[i].append((x.float().cpu(), scores.float().logsumexp(-1).cpu()))
 
     _look(model, batches, generator, see)
     rows = {}

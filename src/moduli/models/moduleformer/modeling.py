@@ -55,6 +55,7 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ModuleFormerConfig) -> None:
         super().__init__(config)
+        config.check()  # which may have changed since it was made
         self.register_load_state_dict_pre_hook(take_published_names)
 
     @torch.no_grad()
@@ -265,7 +266,7 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         assert h is not None
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep, :]).float()
-        loss = aux_loss = None
+        loss = aux_loss = gathered = None
         if labels is not None:
             if logits.shape[:2] != h.shape[:2]:
                 raise ConfigError(
@@ -283,6 +284,7 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         return ModuleFormerCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
+            concentration_loss=gathered,
             logits=logits,
             past_key_values=found.past_key_values,
             hidden_states=found.hidden_states,

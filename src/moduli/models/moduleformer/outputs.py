@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 from torch import Tensor
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 
 @no_type_check
@@ -41,9 +45,22 @@ class ModuleFormerCausalLMOutput(MoeCausalLMOutputWithPast):
     """Output of the language model; see `ModuleFormerOutput`.
 
     Attributes:
-        aux_loss: sum of the auxiliary losses of all routers, without its weight.
+        aux_loss: sum of the balance losses of all routers, without its weight.
+        concentration_loss: sum of their concentration losses, likewise.
     """
 
+    concentration_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
+    router_experts: tuple[Tensor, ...] | None = None
+    router_load: tuple[Tensor, ...] | None = None
+
+
+@no_type_check
+@dataclass
+class ModuleFormerClassifierOutput(SequenceClassifierOutputWithPast):
+    """Output of the classifier; see `ModuleFormerOutput`."""
+
+    concentration_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
     router_experts: tuple[Tensor, ...] | None = None
     router_load: tuple[Tensor, ...] | None = None

@@ -173,11 +173,16 @@ def check_keep(model: Any, keep: int | float | None, threshold: float | None) ->
 
     Raises:
         ModelError: the model is no ModuleFormer.
-        ConfigError: fewer than K experts, or both or neither of `keep` and `threshold`.
+        ConfigError: fewer than K experts, a threshold that is no share, or both or neither of
+            `keep` and `threshold`.
     """
     config = decoder_of(model).config
     if (keep is None) == (threshold is None):
         raise ConfigError("give exactly one of keep and threshold, such as keep=0.5")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(
+            f"threshold is {threshold:g}; it is a share of the tokens, from 0 to 1, such as 0.05"
+        )
     if keep is not None:
         if not math.isfinite(keep):
             raise ConfigError(f"keep is {keep}; it is a share such as 0.5, or a number of experts")

@@ -61,6 +61,7 @@ class KeepOld(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Gradients are empty here, whatever the number of batches of the step."""
+        model.train()  # which Trainer says later; the first step is not to be another than the rest
         if self.leakage_weight:
             batch = self.batches[state.global_step % len(self.batches)]
             inputs = {
