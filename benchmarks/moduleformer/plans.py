@@ -170,11 +170,11 @@ def runs(claim: str, scale: Scale) -> list[Run]:
 
 
 def pretraining(scale: Scale) -> FinetuneSettings:
-    """Of every model from scratch."""
+    """Of every model from scratch; in bfloat16 where the machine has it."""
     return FinetuneSettings(
         max_steps=scale.steps, learning_rate=3e-3, batch_size=8, max_length=scale.length,
         weight_decay=0.1, warmup=0.05,
-    )  # fmt: skip
+    ).resolved()  # fmt: skip
 
 
 def tuning(arm: Tuning, scale: Scale) -> FinetuneSettings:
@@ -185,4 +185,4 @@ def tuning(arm: Tuning, scale: Scale) -> FinetuneSettings:
         trains="lora" if arm.trains == "lora" else "all",
         lora_rank=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0,
         lora_targets=("all-linear",),
-    )  # fmt: skip
+    ).resolved()  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,17 +145,22 @@ def speeds(arms: tuple[Base, ...], scale: Scale, models: Path) -> dict[str, dict
     """Tokens per second over those of the first arm, measured in turns in this process.
 
     Returns:
-        For every arm "training" (forward, backward) and "reading" (forward).
+        For every arm "training" (a step as models were trained, in their type of number and with
+        the optimiser) and "reading" (a forward pass in float32, as they were tested).
     """
     from moduli.bench.protocol import Clock, measure
 
+    settings = _plans().pretraining(scale)
     calls: dict[str, Callable[[], object]] = {}
     for arm in arms:
         directory, _ = trained(arm, scale.seeds[0], scale, models)
         model, tokenizer = load(directory)
         rows = task_of(arm.text, scale).domains["learned"].test
         batch = dict(batches_of(model, tokenizer, rows, scale, 1)[0])
-        calls[f"training/{arm.label}"] = lambda m=model, b=batch: trains(m, b)
+        learner = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.learning_rate, fused=True)
+        step = partial(trains, learner, optimizer, batch, bf16=bool(settings.bf16))
+        calls[f"training/{arm.label}"] = step
         calls[f"reading/{arm.label}"] = lambda m=model, b=batch: reads(m, b)
     clock = Clock.of(torch.device("cpu"), torch.get_num_threads())
     timings = measure(calls, clock, rounds=scale.rounds, rng=random.Random(0))
@@ -165,10 +171,15 @@ def speeds(arms: tuple[Base, ...], scale: Scale, models: Path) -> dict[str, dict
     return found
 
 
-def trains(model: Any, batch: Mapping[str, Any]) -> None:
-    """One pass there and back."""
-    model.train()(**batch).loss.backward()
-    model.zero_grad()
+def trains(
+    model: Any, optimizer: torch.optim.Optimizer, batch: Mapping[str, Any], *, bf16: bool
+) -> None:
+    """One step."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model.train()(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()

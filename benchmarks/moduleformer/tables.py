@@ -117,8 +117,12 @@ def _measured_on(speed: Mapping[str, Any]) -> str:
     if not speed:
         return ""
     machine, torch = speed["run"]["machine"], speed["run"]["versions"]["torch"]
+    numbers = "bfloat16" if speed["run"]["pretraining"]["bf16"] else "float32"
     threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    return f", measured on {machine['name']} ({threads}, torch {torch})"
+    return (
+        f", of steps with AdamW in {numbers} and of forward passes in float32, measured on "
+        f"{machine['name']} ({threads}, torch {torch})"
+    )
 
 
 def extension(found: Records, root: Path) -> tuple[list[list[str]], str]:
