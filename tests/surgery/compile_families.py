@@ -1,18 +1,20 @@
-"""Compile a converted model of each family as one graph; run as a script by test_compile.
+"""Compile a converted model of each named family as one graph; run as a script by test_compile.
 
 In a process of its own, because the compiler cannot trace the shape checks of the other tests.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import moduli
-from tests.tiny import MODELS, batch, build, rows
+from tests.tiny import batch, build, rows
 
 
-def main() -> None:
-    for family in MODELS:
+def main(families: list[str]) -> None:
+    for family in families:
         model = build(family)
         moduli.convert(model, moduli.EMoE(num_experts=6, top_k=2))
         example = batch(rows(family, 3))
@@ -30,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
