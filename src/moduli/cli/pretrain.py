@@ -14,7 +14,7 @@ from moduli.training.architectures import Architecture, Size
 from moduli.training.settings import FinetuneSettings
 
 DEFAULTS = FinetuneSettings(
-    max_steps=400, learning_rate=3e-3, batch_size=8, max_length=256, weight_decay=0.1, warmup=0.05
+    max_steps=300, learning_rate=3e-3, batch_size=8, max_length=256, weight_decay=0.1, warmup=0.05
 )
 
 
