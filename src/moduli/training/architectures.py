@@ -72,7 +72,6 @@ def fresh_config(
         ConfigError: its value cannot work, the tokenizer decides it, or a dense model has no use
             for it.
     """
-
     modules = {**SIZES[size], **SHARED}
     if architecture == "dense":
         ours = {name: changes[name] for name in changes if name in modules}
