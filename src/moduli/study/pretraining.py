@@ -167,7 +167,8 @@ def finished(spec: PretrainSpec, target: Path) -> dict[str, Any] | None:
     found = _read(target / RECORD)
     if "spec" not in found:
         raise CheckpointError(
-            f"{target} exists and is not a model that was pretrained here (no whole {RECORD} is in it). "
+            f"{target} exists and is not a model that was pretrained here (it has no whole "
+            f"{RECORD}). "
             "Choose another directory, or move it away."
         )
     if found["spec"] != spec.to_dict():
